@@ -1,0 +1,285 @@
+"""Configuration: one tree of frozen pydantic models, read from TOML, changed by dotted overrides.
+
+An unknown key is refused and the nearest known one is named. Every field is documented where it stands;
+`docs/paper_map.md` puts the paper's settings beside them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rexrag.errors import ConfigError
+from rexrag.types import DeadEnd
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PolicyConfig(Model):
+    """Which weights, and which of them train."""
+
+    path: str = "embedded"
+    """A Hugging Face id or folder, or `embedded` / `embedded-easy` for the starts shipped in the package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the sampler's weights; the learner keeps float32 master weights."""
+    autocast: bool = False
+    """Train under bfloat16 autocast."""
+    device: str = "auto"
+    """`auto` takes CUDA where there is one."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """0 trains the weights themselves; otherwise a peft LoRA of this rank on all linear layers."""
+    train_last_layers: Annotated[int, Field(ge=0)] = 0
+    """0 trains all; otherwise only the last n decoder layers and the final norm."""
+
+
+class DataConfig(Model):
+    """Questions and corpus. `world` generates the embedded fictional world instead of reading files."""
+
+    train: str = ""
+    """Questions: .jsonl or .parquet, plain or Search-R1 rows. Empty: the embedded world."""
+    dev: str = ""
+    corpus: str = ""
+    world_seed: int = 0
+    world_people: Count = 120
+    world_questions: Count = 2000
+    """Training questions drawn from the world."""
+    dev_limit: Count = 300
+    """Questions of a held-out evaluation."""
+
+
+class RetrieverConfig(Model):
+    """Who answers a search."""
+
+    kind: Literal["bm25", "remote"] = "bm25"
+    url: str = ""
+    """Address of a Search-R1 `/retrieve` service, for `remote`."""
+    index: str = ""
+    """A saved index folder; empty builds one in memory from the corpus."""
+    topk: Count = 3
+    timeout: Positive = 30.0
+    retries: Annotated[int, Field(ge=0)] = 5
+
+
+class AgentConfig(Model):
+    """The episode: how an agent talks, and how long."""
+
+    template: str = "search-r1"
+    """Name of an instruction template in `agent/prompts.py`."""
+    search_turns: Count = 5
+    """B. One more turn follows in which a search is not run."""
+    turn_tokens: Count = 500
+    evidence_tokens: Count = 500
+    total_tokens: Count = 4096
+    """Prompt + response."""
+    temperature: Positive = 1.0
+    reward: Literal["em", "f1"] = "em"
+    format_reward: Unit = 0.0
+    """Given to a wrong rollout whose tags are well-formed."""
+
+
+class MethodConfig(Model):
+    """Every switch of the method. METHOD names in brackets."""
+
+    rollouts: Count = 5
+    """N base rollouts a question."""
+    probe: bool = True
+    """False is plain GRPO."""
+    probe_probability: Unit = 0.2
+    """p: chance that a dead end is probed."""
+    dead_ends: tuple[DeadEnd, ...] = (DeadEnd.WRONG,)
+    probe_forced_turn: bool = False
+    """Probe answers given in the forced last turn too."""
+    probe_groups: Literal["all", "all-wrong"] = "all"
+    """Probe every group's dead ends, or only where no rollout of the group was right."""
+    cues: str = "default"
+    """Name of a cue pool, or `none`: cut and continue without a cue."""
+
+    filter: Literal["cue-logp", "none", "random", "oracle"] = "cue-logp"
+    keep: Literal["fixed", "adaptive"] = "fixed"
+    keep_ratio: Unit = 0.08
+    """ρ: kept probes per base rollout; the cap when adaptive."""
+    keep_floor: Unit = 0.02
+    """Adaptive ρ never falls below this."""
+    keep_momentum: Unit = 0.1
+
+    realignment: Literal["paper", "trajectory", "internalize", "none"] = "paper"
+    cue_density: Literal["fine", "coarse"] = "fine"
+    tail: Literal["one", "truncated"] = "one"
+    """internalize: weight of the spliced continuation."""
+    tail_cap: Positive = 1.0
+    cue_loss: Literal["all", "first", "none"] = "all"
+    alpha: Literal["batch", "group"] = "batch"
+    failure_rate: Literal["batch", "question"] = "batch"
+    allow_large_alpha: bool = False
+    """Go on when alpha is so large that every positive base token is clipped at once."""
+
+    advantage_scale: Literal["std", "none"] = "std"
+    advantage_baseline: Literal["mean", "leave-one-out"] = "mean"
+    clip_low: Unit = 0.2
+    clip_high: Positive = 0.2
+    aggregation: Literal["token-mean", "sequence-mean", "sequence-sum"] = "token-mean"
+    kl: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the k3 KL to the reference model in the loss; the paper uses 0.001."""
+    mismatch_cap: Annotated[float, Field(ge=0.0)] = 0.0
+    """Truncation of the separate sampler-mismatch weight; 0 takes the sampler's log-probs as π_old."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MethodConfig:
+        if self.keep_floor > self.keep_ratio:
+            raise ValueError(f"keep_floor {self.keep_floor} is above keep_ratio {self.keep_ratio}")
+        return self
+
+
+class LearnerConfig(Model):
+    lr: Positive = 3e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    betas: tuple[Unit, Unit] = (0.9, 0.95)
+    grad_clip: Positive = 1.0
+    minibatches: Count = 1
+    """Optimizer updates a step, whatever the number of probes."""
+    micro_tokens: Count = 16384
+    """Tokens in one forward and backward pass; changes memory, not the loss."""
+
+
+class TrainConfig(Model):
+    steps: Count = 60
+    questions: Count = 32
+    """Questions a step."""
+    max_generated_tokens: Annotated[int, Field(ge=0)] = 0
+    """Stop when this many tokens were generated (probes and filtered probes count); 0 is no limit."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between held-out evaluations; 0 evaluates before and after only."""
+    save_every: Count = 20
+    keep_checkpoints: Count = 2
+    log_rollouts: Annotated[int, Field(ge=0)] = 32
+    """Rollouts written per step; probes and their parents first."""
+    control: str = ""
+    """A second arm trained from the same start and shown beside the first, e.g. `grpo`."""
+    logger: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Torch threads; 0 leaves torch's choice."""
+
+
+class Config(Model):
+    """A whole run."""
+
+    name: str = "run"
+    seed: int = 0
+    engine: Literal["local", "verl"] = "local"
+    policy: PolicyConfig = PolicyConfig()
+    data: DataConfig = DataConfig()
+    retriever: RetrieverConfig = RetrieverConfig()
+    agent: AgentConfig = AgentConfig()
+    method: MethodConfig = MethodConfig()
+    learner: LearnerConfig = LearnerConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file (None: all defaults) and apply `a.b=value` overrides in order.
+
+    Raises ConfigError with one line that names the file or override, the key and what was expected.
+    """
+    return parse_config(read_toml(path) if path is not None else {}, overrides, where=str(path or "defaults"))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+
+
+def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Config:
+    """Validate a parsed tree. Raises ConfigError."""
+    merged = json.loads(json.dumps(tree))
+    _refuse_unknown(merged, Config, where)
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}: {key or 'config'} = {first['input']!r}: {first['msg']}") from None
+
+
+def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`; tables merge, anything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = deep_merge(old, value) if both else value
+    return merged
+
+
+def dump_toml(config: Config) -> str:
+    """The resolved configuration as TOML; `parse_config` of it gives the same Config."""
+    tree = config.model_dump(mode="json")
+    lines = [f"{key} = {json.dumps(value)}" for key, value in tree.items() if not isinstance(value, dict)]
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            lines += ["", f"[{section}]"]
+            lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the tree."""
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from known_keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _nearest(key: str) -> str:
+    known = list(known_keys())
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    close = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _refuse_unknown(tree: Mapping[str, Any], model: type[BaseModel], where: str, prefix: str = "") -> None:
+    for key, value in tree.items():
+        if key not in model.model_fields:
+            raise ConfigError(f"{where}: unknown key '{prefix}{key}'{_nearest(prefix + key)}")
+        kind = model.model_fields[key].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}: '{prefix}{key}' is a table, got {value!r}")
+            _refuse_unknown(value, kind, where, f"{prefix}{key}.")
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, eq, raw = override.partition("=")
+    key = key.strip()
+    if not eq or not key:
+        raise ConfigError(f"--set {override}: expected key=value, for example method.kl=0.001")
+    if key not in set(known_keys()):
+        raise ConfigError(f"--set {override}: unknown key '{key}'{_nearest(key)}")
+    *parents, leaf = key.split(".")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+    try:
+        tree[leaf] = tomllib.loads(f"v = {raw.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        tree[leaf] = raw.strip()
