@@ -93,7 +93,8 @@ class Turn:
 
     `start:end` are the sampled tokens. `action` is "search", "answer" or None (no valid action).
     `action_start` is the token boundary at or before the action's opening tag: everything before it was
-    written before the tag began. `documents` are the ids that a search returned.
+    written before the tag began. `thought_end` is the boundary at or before the last `</think>` that
+    precedes the action, None where no thought was closed. `documents` are the ids that a search returned.
     """
 
     start: int
@@ -101,6 +102,7 @@ class Turn:
     action: str | None = None
     argument: str = ""
     action_start: int | None = None
+    thought_end: int | None = None
     documents: tuple[str, ...] = ()
 
 
@@ -123,6 +125,8 @@ class Rollout:
     stop: StopReason
     answer: str | None
     reward: float
+    em: float = 0.0
+    """Exact match of the answer, whatever the reward is made of."""
     text: str = ""
     forced_last_turn: bool = False
     """The rollout ended in the extra turn in which a search is not run."""
