@@ -192,7 +192,8 @@ def explanation_log_ratios(
 
     tokens, origin: int [B, T]; policy_logp: float [B, T]; cue_logp: `CueTrie.table()`, float64 [pool, m];
     failure_rate: z, float [B]. A match is a pool cue standing word for word among POLICY or CUE tokens;
-    −inf without one. P(fail|o′) is taken as 1. Duplicate cues in the pool are counted once, their trie share holds the mass.
+    −inf without one. P(fail|o′) is taken as 1. Duplicate cues are counted once: their trie share holds the
+    mass.
     """
     ours = (origin == int(Origin.POLICY)) | (origin == int(Origin.CUE))
     spoken = torch.where(ours, tokens, -1)

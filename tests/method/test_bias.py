@@ -1,0 +1,197 @@
+"""METHOD §4.4: exact expectations under the real two-stage sampling, and the same by brute-force sampling."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rexrag.config import MethodConfig
+from rexrag.method import bias, clipped_surrogate, group_advantages, keep_probes
+from rexrag.method.exact_world import ANSWER, RIGHT, build_world, contexts
+from rexrag.method.expectation import Estimator, expected_gradient, true_gradient
+from rexrag.method.filtering import cue_scores
+from rexrag.method.samples import Row, correct, pad
+
+EXACT = Estimator()
+SHIPPED = bias.ESTIMATORS["paper, as a run does it"]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return build_world(horizon=6, seed=0)
+
+
+@pytest.fixture(scope="module")
+def truth(world):
+    return true_gradient(world)
+
+
+def relative_bias(world, truth, estimator, **kw):
+    return float((expected_gradient(world, estimator, **kw) - truth).norm() / truth.norm())
+
+
+def test_the_enumeration_is_complete(world):
+    assert float(world.probability.sum()) == pytest.approx(1.0, abs=1e-12)
+    assert float(world.probes.share.sum()) == pytest.approx(1.0, abs=1e-12)
+    assert len(torch.unique(world.paths.tokens, dim=0)) == len(world.probability)
+
+
+def test_probe_outcomes_have_the_density_of_the_two_stage_process(world):
+    """ε by hand for a few outcomes: π(o′)·P(fail|o′)/z, times the cue's share, times π(o″|…)."""
+    probes = world.probes
+    for i in range(0, len(probes.path), 997):
+        path, cut, m = int(probes.path[i]), int(probes.cut[i]), int(probes.cue_length[i])
+        tokens, logp = world.paths.tokens[path], world.logp[path]
+        failed = (world.paths.tokens[:, :cut] == tokens[:cut]).all(1) & (world.paths.tokens[:, cut] == ANSWER)
+        failed &= world.paths.tokens[:, cut + 1] != RIGHT
+        assert bool(world.dead[failed].all())
+        made_prefix = float(world.probability[failed].sum())
+        density = made_prefix / world.dead_rate / 3 * float(logp[cut + m :].sum().exp())
+        assert float(probes.share[i]) == pytest.approx(density, rel=1e-9)
+
+
+def test_true_gradient_is_the_numerical_one(world, truth):
+    def value(table):
+        return float((world.paths.logp(table).sum(1).exp() * world.paths.reward).sum())
+
+    step, strongest = 1e-5, int(truth.abs().argmax())
+    up, down = world.table.clone().flatten(), world.table.clone().flatten()
+    up[strongest] += step
+    down[strongest] -= step
+    numeric = (value(up.view_as(world.table)) - value(down.view_as(world.table))) / (2 * step)
+    assert float(truth[strongest]) == pytest.approx(numeric, rel=1e-6)
+
+
+@pytest.mark.parametrize(("rollouts", "probability", "seed"), [(5, 0.2, 0), (3, 1.0, 1), (1, 0.5, 2)])
+def test_trajectory_is_exactly_unbiased(rollouts, probability, seed):
+    other = build_world(horizon=6, seed=seed)
+    gap = relative_bias(other, true_gradient(other), EXACT, rollouts=rollouts, probability=probability)
+    assert gap < 1e-10
+
+
+def test_plain_policy_gradient_is_exactly_unbiased(world, truth):
+    assert relative_bias(world, truth, replace(EXACT, probes=False)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fail_known": False},
+        {"explanations": "own"},
+        {"failure_rate": "inaccuracy"},
+        {"failure_rate": "realised"},
+        {"alpha": "realised"},
+        {"filter": True},
+        {"realignment": "paper"},
+        {"realignment": "none"},
+        {"realignment": "internalize"},
+        {"realignment": "internalize", "tail": "truncated"},
+    ],
+)
+def test_every_departure_from_the_exact_setting_costs_something(world, truth, change):
+    assert relative_bias(world, truth, replace(EXACT, **change)) > 1e-3
+
+
+def test_correction_beats_no_correction(world, truth):
+    gaps = [
+        relative_bias(world, truth, replace(EXACT, realignment=k)) for k in ("trajectory", "paper", "none")
+    ]
+    assert gaps == sorted(gaps)
+
+
+def test_mean_baseline_of_plain_grpo_only_shrinks_the_gradient(world, truth):
+    """E[(r − mean of N)·∇log π] = (1 − 1/N)·∇J, a textbook identity."""
+    got = expected_gradient(world, replace(EXACT, probes=False, baseline="mean"), rollouts=5)
+    assert torch.allclose(got, 0.8 * truth, atol=1e-12)
+
+
+def sample_batches(world, batches, rollouts, probability, filtered, seed):
+    """The process itself: base rollouts, coins, probes, filter. Yields (rows, right) of each batch."""
+    g = torch.Generator().manual_seed(seed)
+    probes, tokens = world.probes, world.paths.tokens
+    outcomes: dict[tuple[int, ...], torch.Tensor] = {}
+    for i, (path, cut) in enumerate(zip(probes.path.tolist(), probes.cut.tolist(), strict=True)):
+        outcomes.setdefault(tuple(tokens[path, :cut].tolist()), []).append(i)
+    drawn = torch.multinomial(world.probability, batches * rollouts, replacement=True, generator=g)
+    for batch in drawn.view(batches, rollouts).tolist():
+        rows = [row(tokens[p], world.logp[p]) for p in batch]
+        right = [bool(world.paths.reward[p]) for p in batch]
+        made = []
+        for p in batch:
+            if world.dead[p] and float(torch.rand(1, generator=g)) < probability:
+                prefix = tuple(tokens[p].tolist()[: tokens[p].tolist().index(ANSWER)])
+                ids = torch.tensor(outcomes[prefix])
+                made.append(int(ids[torch.multinomial(probes.share[ids], 1, generator=g)]))
+        if filtered and made:
+            kept = keep_probes(cue_scores(probes.logp[made], probes.origin[made]), 1)
+            made = [m for m, keep in zip(made, kept.tolist(), strict=True) if keep]
+        for m in made:
+            path, cut = int(probes.path[m]), int(probes.cut[m])
+            rows.append(
+                row(tokens[path], world.logp[path], cut, int(probes.cue[m]), int(probes.cue_length[m]))
+            )
+            right.append(bool(world.paths.reward[path]))
+        yield rows, right
+
+
+def row(tokens, logp, cut=-1, cue=-1, cue_length=0):
+    n = int((tokens >= 0).sum())
+    origins = [1 if cut <= t < cut + cue_length else 0 for t in range(n)]
+    return Row((), tuple(tokens[:n].tolist()), tuple(origins), tuple(logp[:n].tolist()), cut, cue, cue_length)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "config"),
+    [
+        (SHIPPED, {}),
+        (replace(SHIPPED, realignment="none"), {"realignment": "none"}),
+        (replace(SHIPPED, cue_density="coarse", filter=False, baseline="mean"), {"cue_density": "coarse"}),
+    ],
+    ids=["paper", "none", "coarse"],
+)
+def test_sampling_the_real_pipeline_agrees_with_the_exact_expectation(world, estimator, config):
+    """2,500 sampled batches through pad → correct → advantages → surrogate, tested in three directions."""
+    # Six, because with five and one probe a base ratio is 1/(1 − 1/6) = 1.2, exactly on the clip's edge.
+    batches, rollouts = 2500, 6
+    exact = expected_gradient(world, estimator, rollouts, 0.5)
+    table = world.table.clone().requires_grad_(True)
+    log_policy = torch.log_softmax(table, -1)
+    g = torch.Generator().manual_seed(7)
+    directions = torch.stack([true_gradient(world), exact, torch.randn(exact.shape, generator=g).double()])
+    directions = (directions / directions.norm(dim=1, keepdim=True)).view(3, *table.shape)
+    settings = MethodConfig(allow_large_alpha=True, **config)
+    found = []
+    for rows, right in sample_batches(world, batches, rollouts, 0.5, estimator.filter, seed=11):
+        batch = pad(rows, [0] * len(rows), right)
+        streams = correct(batch, settings, world.trie)
+        scale = "std" if estimator.baseline == "std" else "none"
+        advantages = group_advantages(batch.right.double(), batch.groups, scale)
+        logp = log_policy[contexts(batch.tokens), batch.tokens]
+        leaf = logp.detach().requires_grad_(True)
+        loss, _ = clipped_surrogate(
+            leaf,
+            streams.behaviour_logp.double(),
+            advantages,
+            streams.mask,
+            0.2,
+            0.2,
+            aggregation="sequence-sum",
+            normalizer=float(len(rows)),
+        )
+        coefficients = -torch.autograd.grad(loss, leaf)[0]
+        (gradient,) = torch.autograd.grad((coefficients * logp).sum(), table, retain_graph=True)
+        found.append((directions * gradient).sum(dim=(1, 2)))
+    samples = torch.stack(found)
+    error = samples.mean(0) - (directions * exact.view_as(table)).sum(dim=(1, 2))
+    deviation = error / (samples.std(0) / batches**0.5)
+    assert bool((deviation.abs() < 4).all()), deviation
+
+
+def test_the_command_prints_every_estimator(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bias", "--horizon", "6", "--rollouts", "2", "--json"])
+    bias.main()
+    rows = json.loads(capsys.readouterr().out)
+    assert set(rows) == set(bias.ESTIMATORS)
+    assert rows["trajectory, all exact"]["bias"] < 1e-10
