@@ -1,0 +1,52 @@
+"""Searching a corpus: BM25 in this process, or a Search-R1 `/retrieve` service, here or elsewhere.
+
+| module | what |
+|---|---|
+| `base` | the `Retriever` protocol |
+| `corpus` | reading `corpus.jsonl`, its digest |
+| `bm25` | BM25 in memory |
+| `index` | a BM25 index as a folder |
+| `service`, `client` | both ends of the HTTP protocol |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rexrag.config import RetrieverConfig
+from rexrag.errors import ConfigError
+from rexrag.retrieval.base import Retriever
+from rexrag.types import Document
+
+__all__ = ["Retriever", "make_retriever"]
+
+
+def make_retriever(
+    config: RetrieverConfig, corpus: Iterable[Document] | str | Path | None = None
+) -> Retriever:
+    """The retriever that a configuration asks for, over documents or a `corpus.jsonl`.
+
+    A saved index needs no corpus; where one is given too, it must be the one the index was built from.
+    The imports are here because the agent needs this package for its types only.
+    Raises ConfigError, DataError (corpus) or IndexFolderError.
+    """
+    if config.kind == "remote":
+        from rexrag.retrieval.client import RemoteRetriever
+
+        if not config.url:
+            raise ConfigError("retriever.url is empty; retriever.kind = 'remote' needs a /retrieve address")
+        return RemoteRetriever(config.url, timeout=config.timeout, retries=config.retries)
+
+    from rexrag.retrieval.bm25 import BM25Retriever
+    from rexrag.retrieval.corpus import documents_digest, read_corpus
+    from rexrag.retrieval.index import load_index
+
+    # An empty path is how a config file says "none".
+    given = None if isinstance(corpus, str) and not corpus else corpus
+    documents = read_corpus(given) if isinstance(given, str | Path) else given
+    if config.index:
+        return load_index(config.index, documents_digest(documents) if documents is not None else None)
+    if documents is None:
+        raise ConfigError("retriever.index and data.corpus are both empty; one of them must be given")
+    return BM25Retriever.build(documents)

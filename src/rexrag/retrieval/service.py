@@ -1,0 +1,167 @@
+"""A retriever behind HTTP, speaking Search-R1's protocol.
+
+    POST /retrieve  {"queries": ["…"], "topk": 3, "return_scores": true}
+                    -> {"result": [[{"document": {"id": "…", "contents": "…"}, "score": 1.5}, …], …]}
+                    `return_scores` false (the default): bare documents instead of document and score
+    GET  /health    {"status": "ok", "digest": "…"}
+
+Errors are `{"detail": "one line"}`: 401 no or wrong token, 411 and 413 body length, 422 anything else about
+the request, 502 the retriever itself failed.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from rexrag.errors import ConfigError, RetrievalError
+from rexrag.retrieval.address import TOKEN_VARIABLE, is_loopback
+from rexrag.retrieval.base import Retriever
+from rexrag.retrieval.index import load_index
+from rexrag.types import Document
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask for."""
+
+    queries: int = 1024
+    query_characters: int = 32_768
+    topk: int = 100
+    body_bytes: int = 32 * 2**20
+
+
+class RetrieveRequest(BaseModel):
+    """Body of `POST /retrieve`."""
+
+    queries: list[str]
+    topk: int | None = None
+    return_scores: bool = False
+
+
+def create_app(
+    retriever: Retriever, *, default_topk: int = 3, token: str | None = None, limits: Limits | None = None
+) -> FastAPI:
+    """The service as an ASGI application. With a `token`, `/retrieve` wants it as a bearer token."""
+    limits = limits or Limits()
+    app = FastAPI(title="rexrag retriever", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        # Before the body is read, so that a stranger cannot make the service hold one.
+        refused = _refuse_head(request, token, limits.body_bytes)
+        return refused if refused is not None else await call_next(request)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return _refusal(422, f"{where}: {first['msg']}")
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "digest": retriever.digest}
+
+    # A plain function: FastAPI runs it in a worker thread, so /health answers during a long search.
+    @app.post("/retrieve")
+    def retrieve(request: RetrieveRequest) -> dict[str, Any]:
+        topk = default_topk if request.topk is None else request.topk
+        problem = _limit_broken(request.queries, topk, limits)
+        if problem:
+            raise HTTPException(422, problem)
+        try:
+            found = retriever.search(request.queries, topk) if request.queries else []
+        except RetrievalError as error:
+            raise HTTPException(502, str(error)) from None
+        render = _with_score if request.return_scores else _bare
+        return {"result": [[render(document) for document in documents] for documents in found]}
+
+    return app
+
+
+def serve(
+    index_folder: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    token: str | None = None,
+    default_topk: int = 3,
+) -> None:
+    """Serve an index folder until interrupted. `token` falls back to $REXRAG_RETRIEVER_TOKEN.
+
+    Raises ConfigError where `host` can be reached from other machines and there is no token, or where the
+    address cannot be had; IndexFolderError where the index cannot be opened.
+    """
+    token = token or os.environ.get(TOKEN_VARIABLE) or None
+    check_exposure(host, token)
+    app = create_app(load_index(index_folder), default_topk=default_topk, token=token)
+    with listen(host, port) as listening, suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+
+
+def check_exposure(host: str, token: str | None) -> None:
+    """Raises ConfigError where a service on `host` would be open to other machines."""
+    if not is_loopback(host) and not token:
+        raise ConfigError(
+            f"host '{host}' can be reached from other machines; set a bearer token in ${TOKEN_VARIABLE}, "
+            "or use 127.0.0.1"
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises ConfigError."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port is {port}; expected 0 to 65535")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}, port {port}: {error}") from None
+
+
+def _refuse_head(request: Request, token: str | None, body_bytes: int) -> Response | None:
+    if request.method != "POST":
+        return None
+    given = request.headers.get("authorization", "")
+    if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        return _refusal(401, "expected the service's bearer token", {"WWW-Authenticate": "Bearer"})
+    length = request.headers.get("content-length", "")
+    if not length.isdecimal():
+        return _refusal(411, "expected a Content-Length")
+    if int(length) > body_bytes:
+        return _refusal(413, f"body of {length} bytes, at most {body_bytes} are taken")
+    return None
+
+
+def _limit_broken(queries: list[str], topk: int, limits: Limits) -> str:
+    if len(queries) > limits.queries:
+        return f"queries: {len(queries)} given, at most {limits.queries} are taken"
+    if not 1 <= topk <= limits.topk:
+        return f"topk: {topk} given, expected 1 to {limits.topk}"
+    for i, query in enumerate(queries):
+        if len(query) > limits.query_characters:
+            return f"queries.{i}: {len(query)} characters, at most {limits.query_characters} are taken"
+    return ""
+
+
+def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"detail": detail}, status, headers)
+
+
+def _bare(document: Document) -> dict[str, Any]:
+    return {"id": document.id, "contents": document.contents}
+
+
+def _with_score(document: Document) -> dict[str, Any]:
+    return {"document": _bare(document), "score": document.score}

@@ -1,0 +1,24 @@
+"""A small corpus."""
+
+import pytest
+
+from rexrag.retrieval.bm25 import BM25Retriever
+from rexrag.types import Document
+
+TEXTS = [
+    ("Ada Lovelace", "Ada Lovelace wrote the first program for the Analytical Engine."),
+    ("Charles Babbage", "Charles Babbage designed the Analytical Engine in London."),
+    ("London", "London is the capital of England, on the river Thames."),
+    ("Mapy Cortés", "Mapy Cortés was an actress; she was born in San Juan."),
+    ("Mary's Chapel", "A chapel in Edinburgh, Mary's own."),
+]
+
+
+@pytest.fixture
+def documents() -> list[Document]:
+    return [Document(f"d{i}", f'"{title}"\n{text}') for i, (title, text) in enumerate(TEXTS)]
+
+
+@pytest.fixture
+def retriever(documents: list[Document]) -> BM25Retriever:
+    return BM25Retriever.build(documents)
