@@ -139,6 +139,12 @@ class MethodConfig(Model):
     def _check(self) -> MethodConfig:
         if self.keep_floor > self.keep_ratio:
             raise ValueError(f"keep_floor {self.keep_floor} is above keep_ratio {self.keep_ratio}")
+        if self.realignment == "trajectory" and self.cues == "none" and self.probe:
+            raise ValueError("realignment 'trajectory' needs cues: a continuation without one has no density")
+        if self.mismatch_cap and self.realignment == "internalize" and self.tail == "truncated":
+            raise ValueError(
+                "mismatch_cap and a truncated internalized tail would correct the same tokens twice"
+            )
         return self
 
 
@@ -177,6 +183,8 @@ class Config(Model):
     """A whole run."""
 
     name: str = "run"
+    arm: str = ""
+    """Name of the preset under `configs/arms` that was laid over this configuration; for the record."""
     seed: int = 0
     engine: Literal["local", "verl"] = "local"
     policy: PolicyConfig = PolicyConfig()

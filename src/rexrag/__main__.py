@@ -1,0 +1,5 @@
+"""`python -m rexrag`."""
+
+from rexrag.cli import main
+
+main()

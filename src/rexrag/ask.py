@@ -1,0 +1,73 @@
+"""One question, its trace printed while it is written."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from rexrag.agent.episode import Codec, Episode
+from rexrag.config import AgentConfig, Config
+from rexrag.engine.local import load_policy
+from rexrag.retrieval import make_retriever
+from rexrag.setup import load_data
+from rexrag.types import Question, Rollout
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters: text from models and documents must not steer a terminal."""
+
+
+class EchoingEpisode(Episode):
+    """An episode that hands on its text as it grows."""
+
+    def __init__(
+        self, question: Question, codec: Codec, config: AgentConfig, topk: int, say: Callable[[str], None]
+    ) -> None:
+        super().__init__(question, codec, config, topk)
+        self._say, self._said = say, ""
+
+    def sampled(self, token: int, logp: float) -> None:
+        super().sampled(token, logp)
+        self._tell()
+
+    def take_forced(self, logps: Sequence[float]) -> None:
+        super().take_forced(logps)
+        self._tell()
+
+    def _tell(self) -> None:
+        text = self.codec.decode(self.tokens)
+        # A character of several tokens shows as a replacement mark until it is whole.
+        if text.startswith(self._said) and not text.endswith("�"):
+            self._say(printable(text[len(self._said) :]))
+            self._said = text
+
+
+def ask(
+    question: str,
+    config: Config,
+    temperature: float = 0.0,
+    seed: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> Rollout:
+    """Roll out one question with the configured policy and corpus. Raises RexragError."""
+    policy = load_policy(config.policy)
+    corpus = load_data(config.data).corpus
+    retriever = make_retriever(config.retriever, corpus)
+    asked = Question("asked", question, ("",))
+    episode = EchoingEpisode(asked, policy.codec, config.agent, config.retriever.topk, say or _write)
+    session = policy.session()
+    try:
+        session.run([episode], retriever, temperature, seed)
+    finally:
+        session.close()
+    return episode.rollout()
+
+
+def printable(text: str) -> str:
+    """The text without control characters (line ends and tabs stay)."""
+    return _UNPRINTABLE.sub("�", text)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

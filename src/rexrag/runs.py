@@ -1,0 +1,145 @@
+"""The run folder: what a report, a resume or a paper needs, and nothing half-written.
+
+    config.toml · environment.json · metrics.jsonl · eval.jsonl · rollouts.jsonl.zst · summary.json
+    checkpoints/step-N/ (safetensors, state.json, a digest per file)
+
+The logs only grow. A checkpoint remembers how long they were, so a resume cuts off what came after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from rexrag import __version__
+from rexrag.config import Config, dump_toml
+from rexrag.errors import CheckpointError, RunFolderError
+from rexrag.io import atomic_folder, json_line, sha256_file, write_json, write_text
+
+LOGS = ("metrics.jsonl", "eval.jsonl", "rollouts.jsonl.zst")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "bm25s", "pydantic", "peft")
+
+
+def open_run(folder: Path, config: Config, resume: bool) -> None:
+    """Create a run folder, or check that there is one to resume. Raises RunFolderError with one line."""
+    if resume:
+        if not (folder / "config.toml").is_file():
+            raise RunFolderError(f"{folder}: no run to resume there (it has no config.toml)")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(f"{folder} is not empty; pass --resume to continue it, or another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.toml", dump_toml(config))
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def free_folder(name: str, parent: Path = Path("runs")) -> Path:
+    """`runs/name`, or `runs/name-2`, `-3` … where that is taken."""
+    folder, number = parent / name, 1
+    while folder.exists():
+        number += 1
+        folder = parent / f"{name}-{number}"
+    return folder
+
+
+def environment(**digests: str) -> dict[str, Any]:
+    """Versions and digests that a run's numbers depend on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "rexrag": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        **versions,
+        **digests,
+    }
+
+
+def append(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a log; each call to a `.zst` log is one self-contained frame."""
+    data = b"".join(json_line(row) for row in rows)
+    if file.suffix == ".zst":
+        data = zstandard.ZstdCompressor().compress(data)
+    with file.open("ab") as out:
+        out.write(data)
+
+
+def save_checkpoint(
+    run: Path, step: int, save: Callable[[Path], None], state: Mapping[str, Any], keep: int
+) -> Path:
+    """`checkpoints/step-N`, whole or not at all; older ones beyond `keep` go. `save` writes the learner."""
+    folder = run / "checkpoints" / f"step-{step}"
+    sizes = {name: (run / name).stat().st_size for name in LOGS if (run / name).exists()}
+    with atomic_folder(folder) as fresh:
+        save(fresh)
+        write_json(fresh / "state.json", {**state, "step": step, "logs": sizes})
+        files = sorted(path for path in fresh.rglob("*") if path.is_file())
+        write_json(fresh / "digests.json", {str(f.relative_to(fresh)): sha256_file(f) for f in files})
+    for _, old in _checkpoints(run)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def last_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint whose digests hold, and its state. Raises CheckpointError where none does."""
+    damaged = []
+    for _, folder in _checkpoints(run):
+        reason = _damage(folder)
+        if reason is None:
+            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return folder, state
+        damaged.append(f"{folder.name} ({reason})")
+    found = f"none of its checkpoints is whole: {', '.join(damaged)}" if damaged else "it has no checkpoint"
+    raise CheckpointError(f"{run}: {found}")
+
+
+def truncate_logs(run: Path, sizes: Mapping[str, int]) -> None:
+    """Cut every log back to what it was at the checkpoint."""
+    for name in LOGS:
+        file = run / name
+        if file.exists():
+            os.truncate(file, min(sizes.get(name, 0), file.stat().st_size))
+
+
+def digest(*parts: object) -> str:
+    """SHA-256 over the parts, for one name of several digests."""
+    return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()
+
+
+def _checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder), newest first."""
+    folder = run / "checkpoints"
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()] if folder.is_dir() else []
+    return sorted(((int(path.name[5:]), path) for path in found), reverse=True)
+
+
+def _damage(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used; None where it can."""
+    try:
+        digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "no readable digests.json"
+    for name, expected in digests.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if sha256_file(file) != expected:
+            return f"{name} has changed"
+    return None if "state.json" in digests else "no state.json"

@@ -1,0 +1,85 @@
+"""From a configuration to the things a run needs: policy, learner, retriever, questions, cue pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rexrag.agent.episode import Codec
+from rexrag.agent.prompts import cue_pool
+from rexrag.config import Config, DataConfig
+from rexrag.data.questions import load_questions, questions_digest
+from rexrag.data.world import World
+from rexrag.engine.base import Learner, Policy
+from rexrag.errors import ConfigError
+from rexrag.method.cues import CueTrie
+from rexrag.retrieval import make_retriever
+from rexrag.retrieval.base import Retriever
+from rexrag.types import Document, Question
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Questions to train on and to evaluate with, and the corpus (documents, or the path of a file)."""
+
+    train: list[Question]
+    dev: list[Question]
+    corpus: Sequence[Document] | str
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    policy: Policy
+    learner: Learner
+    learner_policy: Policy
+    """Scores with the learner's own weights; the policy itself where they are the same."""
+    retriever: Retriever
+    data: Data
+    trie: CueTrie | None
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What a checkpoint is bound to."""
+        return {
+            "train": questions_digest(self.data.train),
+            "dev": questions_digest(self.data.dev),
+            "retriever": self.retriever.digest,
+            "cues": "none" if self.trie is None else self.trie.digest,
+        }
+
+
+def build(config: Config) -> Setup:
+    """Load everything a run needs, before anything is written. Raises RexragError with one line."""
+    from rexrag.engine.local import LocalPolicy, load_engine
+
+    if config.engine != "local":
+        raise ConfigError(f"engine = '{config.engine}': this version trains with engine = 'local' only")
+    data = load_data(config.data)
+    retriever = make_retriever(config.retriever, data.corpus)
+    policy, learner = load_engine(config)
+    own = policy if learner.mirror is None else LocalPolicy(learner.model, policy.codec)
+    return Setup(policy, learner, own, retriever, data, load_cues(config, policy.codec))
+
+
+def load_data(config: DataConfig) -> Data:
+    """Files where they are named, else the embedded world. Raises ConfigError, DataError."""
+    if not config.train:
+        if config.corpus or config.dev:
+            raise ConfigError(
+                "data.train is empty; give questions to train on, or leave corpus and dev empty too"
+            )
+        world = World(config.world_seed, config.world_people)
+        return Data(
+            world.questions("train", config.world_questions),
+            world.questions("held-out", config.dev_limit),
+            world.documents,
+        )
+    dev = load_questions(config.dev, split="dev")[: config.dev_limit] if config.dev else []
+    return Data(load_questions(config.train), dev, config.corpus)
+
+
+def load_cues(config: Config, codec: Codec) -> CueTrie | None:
+    """The configured cue pool as token ids; None for `none`. Raises ConfigError, CueError."""
+    if config.method.cues == "none":
+        return None
+    return CueTrie([codec.encode(cue) for cue in cue_pool(config.method.cues)])

@@ -1,0 +1,248 @@
+"""The training loop: steps, evaluations, checkpoints, resume. What a step does is in `step.py`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from rexrag.config import Config
+from rexrag.diagnostics import describe
+from rexrag.errors import CheckpointError, DataError
+from rexrag.evaluate import evaluate
+from rexrag.io import write_json
+from rexrag.method.filtering import adaptive_keep_ratio, update_probe_accuracy
+from rexrag.runs import append, environment, last_checkpoint, open_run, save_checkpoint, truncate_logs
+from rexrag.setup import Setup, build
+from rexrag.step import Collected, collect
+from rexrag.traces import trace_rows
+from rexrag.types import Question
+
+
+class Observer(Protocol):
+    """Told what happens; the command line draws a progress bar, tests and libraries pass nothing."""
+
+    def started(self, config: Config, folder: Path) -> None: ...
+
+    def evaluated(self, figures: dict[str, Any]) -> None: ...
+
+    def stepped(self, row: dict[str, Any]) -> None: ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint holds besides the learner."""
+
+    step: int = 0
+    generated_tokens: int = 0
+    prefilled_tokens: int = 0
+    seconds: float = 0.0
+    probe_accuracy: float = 0.0
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def train(
+    config: Config, folder: Path, *, resume: bool = False, observer: Observer | None = None
+) -> dict[str, Any]:
+    """Run a configuration into `folder` and return its summary (also `summary.json`).
+
+    With `resume`, continue from the newest whole checkpoint; on a CPU the result is bit for bit that of a run
+    that was never stopped. An interrupt finishes the step, saves, and raises KeyboardInterrupt.
+    Raises RexragError with one line.
+    """
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    setup = build(config)
+    if len(setup.data.train) < config.train.questions:
+        raise DataError(
+            f"{len(setup.data.train)} training questions, train.questions = {config.train.questions}: "
+            "expected at least as many questions as a step asks"
+        )
+    open_run(folder, config, resume)
+    progress = Progress(probe_accuracy=config.method.keep_ratio, digests=setup.digests)
+    if resume:
+        progress = _restore(folder, setup)
+    else:
+        write_json(folder / "environment.json", environment(**setup.digests))
+    if observer:
+        observer.started(config, folder)
+    if progress.step == 0 and not resume:
+        _evaluate(config, setup, folder, progress, observer)
+    with _interrupts() as interrupted:
+        while not _finished(config, progress):
+            row = _step(config, setup, folder, progress)
+            if observer:
+                observer.stepped(row)
+            every = config.train.eval_every
+            last = _finished(config, progress)
+            if last or (every and progress.step % every == 0):
+                _evaluate(config, setup, folder, progress, observer)
+            if last or interrupted() or progress.step % config.train.save_every == 0:
+                _save(config, setup, folder, progress)
+            if interrupted() and not last:
+                raise KeyboardInterrupt
+    return _summarise(config, folder, progress)
+
+
+def questions_of(questions: Sequence[Question], step: int, count: int, seed: int) -> list[Question]:
+    """The questions of a step: seeded permutations of the data, one after the other, cut into steps."""
+    chosen = []
+    for position in range((step - 1) * count, step * count):
+        epoch, place = divmod(position, len(questions))
+        generator = torch.Generator().manual_seed(step_seed(seed, epoch, "order"))
+        order = torch.randperm(len(questions), generator=generator)
+        chosen.append(questions[int(order[place])])
+    return chosen
+
+
+def step_seed(seed: int, number: int, purpose: str) -> int:
+    """An independent 63-bit seed for each (run seed, step or epoch, purpose)."""
+    digest = hashlib.sha256(f"{seed}/{number}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dict[str, Any]:
+    start = time.perf_counter()
+    method, number = config.method, progress.step + 1
+    ratio = method.keep_ratio
+    if method.keep == "adaptive":
+        ratio = adaptive_keep_ratio(progress.probe_accuracy, method.keep_ratio, method.keep_floor)
+    questions = questions_of(setup.data.train, number, config.train.questions, config.seed)
+    collected = collect(
+        questions,
+        setup.policy,
+        setup.retriever,
+        setup.trie,
+        config,
+        ratio,
+        step_seed(config.seed, number, "sample"),
+        setup.learner_policy,
+    )
+    before = time.perf_counter()
+    learned = setup.learner.update(collected.samples, method, config.agent.temperature)
+    figures = describe(collected) | learned | {"time/update": time.perf_counter() - before}
+    progress.step = number
+    progress.generated_tokens += collected.generated_tokens
+    progress.prefilled_tokens += collected.prefilled_tokens
+    progress.probe_accuracy = update_probe_accuracy(
+        progress.probe_accuracy,
+        int(figures["probes/kept_right"]),
+        int(figures["probes/kept"]),
+        method.keep_momentum,
+    )
+    progress.seconds += time.perf_counter() - start
+    row = _position(progress) | {"keep_ratio": ratio, **figures}
+    row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+    _log(config, setup, folder, row, collected)
+    return row
+
+
+def _log(config: Config, setup: Setup, folder: Path, row: dict[str, Any], collected: Collected) -> None:
+    append(folder / "metrics.jsonl", [row])
+    if config.train.log_rollouts:
+        rows = trace_rows(collected, row["step"], setup.policy.codec, config.train.log_rollouts)
+        append(folder / "rollouts.jsonl.zst", rows)
+
+
+def _position(progress: Progress) -> dict[str, Any]:
+    return {
+        "step": progress.step,
+        "generated_tokens": progress.generated_tokens,
+        "prefilled_tokens": progress.prefilled_tokens,
+        "seconds": round(progress.seconds, 3),
+    }
+
+
+def _finished(config: Config, progress: Progress) -> bool:
+    limit = config.train.max_generated_tokens
+    return progress.step >= config.train.steps or bool(limit and progress.generated_tokens >= limit)
+
+
+def _evaluate(
+    config: Config, setup: Setup, folder: Path, progress: Progress, observer: Observer | None
+) -> None:
+    if not setup.data.dev:
+        return
+    figures = evaluate(setup.policy, setup.data.dev, setup.retriever, config).figures
+    row = _position(progress) | {"set": "held-out", **figures}
+    append(folder / "eval.jsonl", [row])
+    if observer:
+        observer.evaluated(row)
+
+
+def _save(config: Config, setup: Setup, folder: Path, progress: Progress) -> None:
+    state = {
+        "seed": config.seed,
+        "generated_tokens": progress.generated_tokens,
+        "prefilled_tokens": progress.prefilled_tokens,
+        "seconds": progress.seconds,
+        "probe_accuracy": progress.probe_accuracy,
+        "digests": progress.digests,
+    }
+    save_checkpoint(folder, progress.step, setup.learner.save, state, config.train.keep_checkpoints)
+
+
+def _restore(folder: Path, setup: Setup) -> Progress:
+    checkpoint, state = last_checkpoint(folder)
+    for name, expected in state["digests"].items():
+        if setup.digests.get(name) != expected:
+            raise CheckpointError(
+                f"{checkpoint}: the run's '{name}' has changed since this checkpoint "
+                f"({expected[:12]} then, {setup.digests.get(name, 'nothing')[:12]} now)"
+            )
+    setup.learner.load(checkpoint)
+    truncate_logs(folder, state["logs"])
+    fields = ("step", "generated_tokens", "prefilled_tokens", "seconds", "probe_accuracy", "digests")
+    return Progress(**{name: state[name] for name in fields})
+
+
+def _summarise(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
+    evaluations = []
+    if (folder / "eval.jsonl").exists():
+        lines = (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+        evaluations = [json.loads(line) for line in lines]
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "arm": config.arm,
+        "seed": config.seed,
+        "steps": progress.step,
+        "generated_tokens": progress.generated_tokens,
+        "prefilled_tokens": progress.prefilled_tokens,
+        "seconds": round(progress.seconds, 3),
+    }
+    if evaluations:
+        before, after = evaluations[0]["em"], evaluations[-1]["em"]
+        summary |= {"em_before": before, "em_after": after, "rise": after["value"] - before["value"]}
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+@contextmanager
+def _interrupts() -> Iterator[Any]:
+    """The first Ctrl-C is remembered until the step is over; the second one acts at once."""
+    caught: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        previous = signal.signal(signal.SIGINT, remember)
+    except ValueError:  # not the main thread: nobody can press Ctrl-C at us
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(caught)
+    finally:
+        signal.signal(signal.SIGINT, previous)
