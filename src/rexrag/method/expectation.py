@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,6 +63,13 @@ class Counts:
     other: int
     right: int
 
+    def deciding(self, estimator: Estimator) -> tuple[int, int]:
+        """The counts that change what the estimator does; batches that agree in them are added up."""
+        grouped = estimator.baseline != "none"
+        by_probed = grouped or estimator.filter or estimator.alpha == "realised"
+        by_right = grouped or estimator.failure_rate == "realised"
+        return (self.probed if by_probed else -1, self.right if by_right else -1)
+
 
 def expected_gradient(
     world: ExactWorld, estimator: Estimator, rollouts: int = 5, probability: float = 0.2
@@ -70,10 +78,13 @@ def expected_gradient(
     table = world.table.clone().requires_grad_(True)
     base = torch.zeros_like(world.paths.written, dtype=torch.float64)
     probe = torch.zeros(world.probes.origin.shape, dtype=torch.float64)
+    alike: dict[tuple[int, int], list[Counts]] = defaultdict(list)
     for counts in _compositions(world, rollouts, probability if estimator.probes else 0.0):
-        setting = _Setting(world, estimator, counts, rollouts, probability)
+        alike[counts.deciding(estimator)].append(counts)
+    for members in alike.values():
+        setting = _Setting(world, estimator, members, rollouts, probability)
         base += setting.base_coefficients()
-        if counts.probed:
+        if setting.expected_kept:
             probe += setting.probe_coefficients()
     rows = world.probes.spliced if estimator.realignment == "internalize" else world.probes.paths
     total = (base * world.paths.logp(table)).sum() + (probe * rows.logp(table)).sum()
@@ -88,13 +99,20 @@ def true_gradient(world: ExactWorld) -> Tensor:
 
 
 class _Setting:
-    """An estimator in a batch of known counts: alpha, z, kept probes and the coefficient of each ∇log π."""
+    """An estimator in batches of like counts: alpha, z, kept probes and the coefficient of each ∇log π."""
 
     def __init__(
-        self, world: ExactWorld, estimator: Estimator, counts: Counts, rollouts: int, probability: float
+        self,
+        world: ExactWorld,
+        estimator: Estimator,
+        members: Sequence[Counts],
+        rollouts: int,
+        probability: float,
     ) -> None:
-        self.world, self.estimator, self.counts, self.rollouts = world, estimator, counts, rollouts
-        self.kept = min(1, counts.probed) if estimator.filter else counts.probed
+        self.world, self.estimator, self.rollouts = world, estimator, rollouts
+        self.counts, self.members = members[0], members
+        self.kept = self._kept(self.counts)
+        self.expected_kept = sum(m.probability * self._kept(m) for m in members)
         expected = probability * world.dead_rate if estimator.probes else 0.0
         self.alpha = expected / (1 + expected)
         self.divisor = rollouts * (1 + expected)
@@ -104,17 +122,19 @@ class _Setting:
         self.z = {
             "dead ends": world.dead_rate,
             "inaccuracy": 1.0 - world.accuracy,
-            "realised": max(FAILURE_RATE_FLOOR, 1.0 - counts.right / rollouts),
+            "realised": max(FAILURE_RATE_FLOOR, 1.0 - self.counts.right / rollouts),
         }[estimator.failure_rate]
+
+    def _kept(self, counts: Counts) -> int:
+        return min(1, counts.probed) if self.estimator.filter else counts.probed
 
     def base_coefficients(self) -> Tensor:
         """[M, H]: expected count of each path among the base rollouts times what multiplies its ∇log π."""
-        world, counts = self.world, self.counts
-        right = world.paths.reward > 0
+        world, right = self.world, self.world.paths.reward > 0
         kinds = (
-            (counts.probed + counts.unprobed, world.dead),
-            (counts.other, ~world.dead & ~right),
-            (counts.right, right),
+            (sum(m.probability * (m.probed + m.unprobed) for m in self.members), world.dead),
+            (sum(m.probability * m.other for m in self.members), ~world.dead & ~right),
+            (sum(m.probability * m.right for m in self.members), right),
         )
         expected = torch.zeros_like(world.probability)
         for number, kind in kinds:
@@ -129,8 +149,8 @@ class _Setting:
             log_r = self._base_log_ratio()
             weight = trajectory_weights(log_r, self.alpha)
         total = torch.zeros_like(rows)
-        for chance, others in _binomial(self.kept, self._probe_accuracy()):
-            advantage = self._advantages(world.paths.reward, counts.right + others, self.kept)
+        for chance, others in self._siblings(self.kept):
+            advantage = self._advantages(world.paths.reward, self.counts.right + others, self.kept)
             total += self._coefficients(
                 rows, behaviour, world.paths.written, advantage, chance * expected * weight
             )
@@ -139,7 +159,7 @@ class _Setting:
     def probe_coefficients(self) -> Tensor:
         """[O, H]: the same for the outcomes of the kept probes."""
         world, probes, kind = self.world, self.world.probes, self.estimator.realignment
-        expected = self.kept * self._kept_share()
+        expected = self.expected_kept * self._kept_share()
         written = probes.paths.written
         logp = probes.logp
         behaviour, weight, truncated = logp, torch.ones(len(logp), dtype=torch.float64), None
@@ -162,7 +182,7 @@ class _Setting:
             written = probes.spliced.written
         reward = probes.paths.reward
         total = torch.zeros_like(logp)
-        for chance, others in _binomial(self.kept - 1, self._probe_accuracy()):
+        for chance, others in self._siblings(self.kept - 1):
             right = self.counts.right + others + reward
             advantage = self._advantages(reward, right, self.kept)
             total += self._coefficients(
@@ -193,7 +213,7 @@ class _Setting:
             aggregation="sequence-sum",
             normalizer=1.0,
         )
-        return -self.counts.probability * torch.autograd.grad(loss, leaf)[0] / self.divisor
+        return -torch.autograd.grad(loss, leaf)[0] / self.divisor
 
     def _internalized(self, logp: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(log π of the spliced row, what its ratio divides by, which tokens are truncated)."""
@@ -234,9 +254,13 @@ class _Setting:
         best = up_to**self.counts.probed - (up_to - mass) ** self.counts.probed
         return probes.share * (best / mass)[index]
 
+    def _siblings(self, probes: int) -> Iterator[tuple[float, int]]:
+        """(probability, how many of `probes` sibling probes are right); it matters to a baseline only."""
+        if probes <= 0 or self.estimator.baseline == "none":
+            return iter([(1.0, 0)])
+        return _binomial(probes, self._probe_accuracy())
+
     def _probe_accuracy(self) -> float:
-        if not self.counts.probed:
-            return 0.0
         return float((self._kept_share() * self.world.probes.paths.reward).sum())
 
     def _advantages(self, reward: Tensor, right: float | Tensor, kept: int) -> Tensor:
@@ -266,10 +290,7 @@ def _compositions(world: ExactWorld, rollouts: int, probability: float) -> Itera
 
 
 def _binomial(draws: int, chance: float) -> Iterator[tuple[float, int]]:
-    """(probability, successes); one certain zero where there is nothing to draw."""
-    if draws <= 0:
-        yield 1.0, 0
-        return
+    """(probability, successes)."""
     for successes in range(draws + 1):
         weight = math.comb(draws, successes) * chance**successes * (1 - chance) ** (draws - successes)
         yield weight, successes

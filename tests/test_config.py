@@ -1,0 +1,89 @@
+"""Configuration: unknown keys name the nearest, overrides, round trip, arms."""
+
+import pytest
+
+from rexrag import presets
+from rexrag.config import Config, MethodConfig, dump_toml, known_keys, load_config, parse_config
+from rexrag.errors import ConfigError
+
+
+def test_defaults_survive_a_round_trip(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(dump_toml(Config()))
+    assert load_config(file) == Config()
+
+
+def test_overrides_are_typed_and_later_ones_win():
+    config = parse_config({}, ["method.kl=0.001", "data.train=a.jsonl", "method.kl=0.5", "method.probe=false"])
+    assert config.method.kl == 0.5 and config.method.probe is False and config.data.train == "a.jsonl"
+    assert parse_config({}, ["learner.betas=[0.9, 0.99]"]).learner.betas == (0.9, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("tree", "overrides", "says"),
+    [
+        ({"methd": {}}, [], "unknown key 'methd'.*"),
+        ({"method": {"keep_ration": 0.1}}, [], "unknown key 'method.keep_ration'; did you mean 'method.keep_ratio'"),
+        ({"method": 3}, [], "'method' is a table, got 3"),
+        ({}, ["keep_ratio=0.1"], "unknown key 'keep_ratio'; did you mean 'method.keep_ratio'"),
+        ({}, ["method.kl"], "expected key=value"),
+        ({}, ["method.probe_probability=1.5"], "method.probe_probability = 1.5"),
+        ({}, ["method.realignment=papper"], "method.realignment = 'papper'"),
+        ({}, ["method.keep_floor=0.5"], "keep_floor 0.5 is above keep_ratio"),
+        ({}, ["method.realignment=trajectory", "method.cues=none"], "needs cues"),
+    ],
+)
+def test_bad_input_is_one_line(tree, overrides, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        parse_config(tree, overrides, where="my.toml")
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no\.toml: no such config file"):
+        load_config(tmp_path / "no.toml")
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not readable as TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in presets.FOLDER.glob("*.toml")))
+@pytest.mark.parametrize("arm", ["", *presets.arm_names()])
+def test_every_shipped_config_and_arm_resolves(name, arm):
+    config = presets.resolve(name, arm)
+    assert config.arm == arm
+    assert parse_config(__import__("tomllib").loads(dump_toml(config))) == config
+
+
+def test_an_arm_is_laid_between_file_and_overrides():
+    assert presets.resolve("quickstart", "grpo").method.probe is False
+    assert presets.resolve("quickstart", "grpo", ["method.probe=true"]).method.probe is True
+
+
+def test_unknown_names_show_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'grpo'"):
+        presets.resolve("quickstart", "grop")
+    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+        presets.resolve("quickstrt")
+
+
+def test_every_switch_of_the_method_is_a_config_value():
+    switches = {
+        "cue_density": ("fine", "coarse"),
+        "realignment": ("paper", "trajectory", "internalize", "none"),
+        "tail": ("one", "truncated"),
+        "cue_loss": ("all", "first", "none"),
+        "alpha": ("batch", "group"),
+        "failure_rate": ("batch", "question"),
+        "filter": ("cue-logp", "none"),
+        "keep": ("fixed", "adaptive"),
+        "advantage_scale": ("std", "none"),
+        "advantage_baseline": ("mean", "leave-one-out"),
+        "aggregation": ("token-mean", "sequence-mean", "sequence-sum"),
+        "allow_large_alpha": (False, True),
+    }
+    for name, values in switches.items():
+        for value in values:
+            assert getattr(MethodConfig(**{name: value}), name) == value
+    numbers = {"keep_ratio", "keep_floor", "clip_low", "clip_high", "kl", "probe_probability"}
+    assert {f"method.{name}" for name in numbers | set(switches)} <= set(known_keys())
