@@ -1,4 +1,4 @@
-"""Shared fixtures. Real data sits beside the project where its developers keep it; without it those tests skip."""
+"""Shared fixtures. Tests on real data skip where the optional data folder beside the project is absent."""
 
 from pathlib import Path
 

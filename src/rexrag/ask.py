@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from rexrag.agent.episode import Codec, Episode
 from rexrag.config import AgentConfig, Config
-from rexrag.engine.local import load_policy
+from rexrag.engine.local.loading import load_policy
 from rexrag.retrieval import make_retriever
 from rexrag.setup import load_data
 from rexrag.types import Question, Rollout

@@ -179,6 +179,17 @@ class TrainConfig(Model):
     """Torch threads; 0 leaves torch's choice."""
 
 
+class WarmupConfig(Model):
+    """`rexrag warmup`: supervised demonstrations that teach a pretrained model the protocol."""
+
+    epochs: Count = 2
+    batch: Count = 16
+    lr: Positive = 1e-4
+    demonstrations: Annotated[int, Field(ge=0)] = 0
+    """At most this many; 0 takes every question whose chain the rule finds."""
+    evidence_weight: Unit = 0.0
+
+
 class Config(Model):
     """A whole run."""
 
@@ -194,6 +205,7 @@ class Config(Model):
     method: MethodConfig = MethodConfig()
     learner: LearnerConfig = LearnerConfig()
     train: TrainConfig = TrainConfig()
+    warmup: WarmupConfig = WarmupConfig()
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

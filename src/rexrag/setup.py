@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rexrag.agent.episode import Codec
 from rexrag.agent.prompts import cue_pool
@@ -36,6 +37,8 @@ class Setup:
     retriever: Retriever
     data: Data
     trie: CueTrie | None
+    save_tokenizer: Callable[[Path], object] = lambda folder: None
+    """Writes the tokenizer beside the learner's weights, so that a checkpoint is a model folder."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -50,7 +53,8 @@ class Setup:
 
 def build(config: Config) -> Setup:
     """Load everything a run needs, before anything is written. Raises RexragError with one line."""
-    from rexrag.engine.local import LocalPolicy, load_engine
+    from rexrag.engine.local.loading import load_engine
+    from rexrag.engine.local.policy import LocalPolicy
 
     if config.engine != "local":
         raise ConfigError(f"engine = '{config.engine}': this version trains with engine = 'local' only")
@@ -58,7 +62,8 @@ def build(config: Config) -> Setup:
     retriever = make_retriever(config.retriever, data.corpus)
     policy, learner = load_engine(config)
     own = policy if learner.mirror is None else LocalPolicy(learner.model, policy.codec)
-    return Setup(policy, learner, own, retriever, data, load_cues(config, policy.codec))
+    cues = load_cues(config, policy.codec)
+    return Setup(policy, learner, own, retriever, data, cues, policy.codec.tokenizer.save_pretrained)
 
 
 def load_data(config: DataConfig) -> Data:

@@ -189,7 +189,12 @@ def _save(config: Config, setup: Setup, folder: Path, progress: Progress) -> Non
         "probe_accuracy": progress.probe_accuracy,
         "digests": progress.digests,
     }
-    save_checkpoint(folder, progress.step, setup.learner.save, state, config.train.keep_checkpoints)
+
+    def write(into: Path) -> None:
+        setup.learner.save(into)
+        setup.save_tokenizer(into)
+
+    save_checkpoint(folder, progress.step, write, state, config.train.keep_checkpoints)
 
 
 def _restore(folder: Path, setup: Setup) -> Progress:

@@ -1,0 +1,166 @@
+"""The step with a scripted policy: who is probed, what is kept, what is trained."""
+
+import pytest
+import torch
+
+from rexrag.config import parse_config
+from rexrag.diagnostics import describe
+from rexrag.errors import AlphaError
+from rexrag.method import CueTrie
+from rexrag.step import collect
+from rexrag.traces import trace_rows
+from rexrag.types import Origin, Question, Segment
+from tests.fakes import CharCodec, FakeRetriever, ScriptedPolicy, document
+
+CODEC = CharCodec()
+CUES = ["<think> wait", "<think> hm ok"]
+TRIE = CueTrie([CODEC.encode(cue) for cue in CUES])
+QUESTIONS = [Question("easy", "Easy", ("yes",)), Question("hard", "Hard", ("Oslo",))]
+ROLLOUTS = 4
+
+
+def script(question, turn, attempt):
+    """Easy: always right. Hard: base rollouts guess; a probe searches and finds Oslo."""
+    if question.id == "easy":
+        return "<think>sure</think><answer>yes</answer>"
+    if attempt < ROLLOUTS:
+        return "<think>a guess</think><answer>Rome</answer>"
+    return "</think><search>hard</search>" if turn == 0 else "<think>so</think><answer>Oslo</answer>"
+
+
+def run(*overrides, questions=QUESTIONS, seed=5, said=script):
+    defaults = [
+        f"method.rollouts={ROLLOUTS}",
+        "method.probe_probability=1.0",
+        "method.filter=none",
+        "method.allow_large_alpha=true",
+        "agent.template=terse",
+    ]
+    config = parse_config({}, [*defaults, *overrides])
+    policy = ScriptedPolicy(said)
+    retriever = FakeRetriever({"hard": [document("Oslo", "the answer")]})
+    trie = None if config.method.cues == "none" else TRIE
+    return collect(questions, policy, retriever, trie, config, config.method.keep_ratio, seed), policy
+
+
+def test_dead_ends_are_probed_and_right_answers_are_not():
+    step, _ = run()
+    assert len(step.base) == 8 and len(step.probes) == ROLLOUTS
+    assert {step.base[p.parent].question.id for p in step.probes} == {"hard"}
+    assert [p.parent for p in step.probes] == [4, 5, 6, 7]
+    assert all(p.em == 1.0 for p in step.probes) and all(r.em == 0.0 for r in step.base[4:])
+
+
+def test_a_probe_is_its_parent_s_prefix_then_a_cue_then_the_policy():
+    step, _ = run()
+    for probe in step.probes:
+        parent = step.base[probe.parent]
+        assert probe.tokens[: probe.cut] == parent.tokens[: probe.cut]
+        assert probe.logps[: probe.cut] == parent.logps[: probe.cut]
+        assert CODEC.decode(parent.tokens[: probe.cut]) == "<think>a guess</think>"
+        cue = probe.tokens[probe.cut : probe.cut + probe.cue_length]
+        assert CODEC.decode(cue) == CUES[probe.cue]
+        assert set(probe.origins[probe.cut : probe.cut + probe.cue_length]) == {int(Origin.CUE)}
+        assert probe.origins[probe.cut + probe.cue_length] == Origin.POLICY
+
+
+def test_probes_join_their_parent_s_group_and_move_its_advantage():
+    step, _ = run()
+    assert step.groups == [0] * 4 + [1] * 4 + [1] * 4
+    assert step.advantages[:4].tolist() == [0.0] * 4
+    assert bool((step.advantages[4:8] < 0).all()) and bool((step.advantages[8:] > 0).all())
+    alone, _ = run("method.probe=false")
+    assert alone.probes == [] and alone.advantages.tolist() == [0.0] * 8
+
+
+def test_without_probes_the_samples_are_plain_grpo_s():
+    plain, _ = run("method.probe=false")
+    for change in ("method.realignment=trajectory", "method.probe_probability=0.0"):
+        other, _ = run("method.probe=false", change)
+        assert other.samples == plain.samples
+    never, _ = run("method.probe_probability=0.0")
+    assert never.samples == plain.samples
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.25, 2), (0.13, 1), (0.0, 0)])
+def test_the_filter_keeps_the_floor_of_its_share(ratio, kept):
+    step, _ = run("method.filter=cue-logp", "method.keep_floor=0.0", f"method.keep_ratio={ratio}")
+    assert int(step.kept.sum()) == kept and len(step.rows) == 8 + kept
+
+
+def test_the_oracle_filter_keeps_right_probes():
+    def half(question, turn, attempt):
+        wrong_probe = question.id == "hard" and attempt >= ROLLOUTS and attempt % 2 == 0
+        return "</think><answer>Rome</answer>" if wrong_probe else script(question, turn, attempt)
+
+    step, _ = run("method.filter=oracle", "method.keep_floor=0.0", "method.keep_ratio=0.25", said=half)
+    assert [p.em for p, k in zip(step.probes, step.kept.tolist(), strict=True) if k] == [1.0, 1.0]
+
+
+def test_internalized_rows_hold_no_cue_and_their_scoring_is_counted():
+    step, _ = run("method.realignment=internalize")
+    for row in step.rows[8:]:
+        text = CODEC.decode(row.tokens)
+        assert text.startswith("<think>a guess</think><search>hard</search>") and "wait" not in text
+        assert int(Origin.CUE) not in row.origins
+    paper, _ = run()
+    scored = sum(len(row.prompt) + len(row.tokens) for row in step.rows[8:])
+    assert step.prefilled_tokens - paper.prefilled_tokens == scored
+
+
+def test_only_all_wrong_groups_can_be_asked_for():
+    def mixed(question, turn, attempt):
+        if question.id == "easy" and attempt == 0:
+            return "<answer>no</answer>"
+        return script(question, turn, attempt)
+
+    everywhere, _ = run(said=mixed)
+    hopeless, _ = run("method.probe_groups=all-wrong", said=mixed)
+    assert {p.parent for p in everywhere.probes} == {0, 4, 5, 6, 7}
+    assert {p.parent for p in hopeless.probes} == {4, 5, 6, 7}
+
+
+def test_resampling_goes_on_without_a_cue():
+    step, _ = run("method.cues=none")
+    assert len(step.probes) == ROLLOUTS
+    assert all(p.cue is None and p.cue_length == 0 for p in step.probes)
+    assert all(int(Origin.CUE) not in p.origins for p in step.probes)
+
+
+def test_the_guard_stops_a_run_before_it_trains():
+    with pytest.raises(AlphaError, match="keep_ratio"):
+        run("method.allow_large_alpha=false")
+
+
+def test_the_same_seed_is_the_same_step_and_sessions_are_closed():
+    (a, policy), (b, _) = run("method.probe_probability=0.5"), run("method.probe_probability=0.5")
+    assert a.samples == b.samples and [p.cue for p in a.probes] == [p.cue for p in b.probes]
+    assert all(session.closed for session in policy.sessions)
+
+
+def test_figures_add_up():
+    step, _ = run()
+    figures = describe(step)
+    assert figures["em/train"] == 0.5 and figures["dead_ends/rate"] == 0.5
+    assert figures["groups/all_wrong_before"] == 0.5 and figures["groups/all_wrong_after"] == 0.0
+    assert figures["probes/drawn"] == figures["probes/right"] == figures["probes/kept_right"] == 4.0
+    assert figures["tokens/cue"] == sum(p.cue_length for p in step.probes)
+    fresh = sum(len(p.tokens) - p.cut for p in step.probes)
+    written = sum(len(r.tokens) for r in step.base) + fresh
+    assert sum(figures[f"tokens/{o.name.lower()}"] for o in Origin) == written
+    assert figures["tokens/policy"] == step.generated_tokens
+
+
+def test_traces_show_probes_beside_their_parents_first():
+    step, _ = run()
+    rows = trace_rows(step, 3, CODEC, limit=4)
+    assert [(r["kind"], r["index"]) for r in rows] == [("base", 4), ("probe", 0), ("base", 5), ("probe", 1)]
+    probe = rows[1]
+    assert [s["origin"] for s in probe["segments"]] == ["policy", "cue", "policy", "evidence", "policy"]
+    assert "".join(s["text"] for s in probe["segments"]) == CODEC.decode(step.probes[0].tokens)
+    assert probe["parent"] == 4 and probe["kept"] and probe["advantage"] > 0
+    weights = torch.exp(
+        torch.tensor(step.rows[8].policy_logp) - step.streams.behaviour_logp[8, : len(step.rows[8].tokens)]
+    )[step.streams.mask[8, : len(step.rows[8].tokens)]]
+    assert probe["weight"] == pytest.approx(float(weights.mean()), rel=1e-5)
+    assert set(step.samples[8].segment) == {int(s) for s in (Segment.PREFIX, Segment.CUE, Segment.SUFFIX)}

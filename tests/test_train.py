@@ -1,0 +1,210 @@
+"""The loop with a scripted policy in milliseconds; resume, damage and the run folder with the real engine."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+
+from rexrag import presets
+from rexrag import train as loop
+from rexrag.config import parse_config
+from rexrag.errors import CheckpointError, DataError, RunFolderError
+from rexrag.method import CueTrie
+from rexrag.runs import free_folder, last_checkpoint
+from rexrag.setup import Data, Setup
+from rexrag.train import questions_of, step_seed, train
+from rexrag.types import Question
+from tests.fakes import CharCodec, FakeRetriever, ScriptedPolicy
+
+CODEC = CharCodec()
+TRIE = CueTrie([CODEC.encode("<think> wait")])
+
+
+class CountingLearner:
+    """Counts updates; its weights are one number."""
+
+    def __init__(self):
+        self.updates = 0
+        self.seen = []
+
+    def update(self, samples, method, temperature):
+        self.updates += 1
+        self.seen.append(len(samples))
+        return {"loss": 0.0, "grad_norm": float("nan")}
+
+    def save(self, folder):
+        (folder / "weights.json").write_text(str(self.updates))
+
+    def load(self, folder):
+        self.updates = int((folder / "weights.json").read_text())
+
+
+def scripted(question, turn, attempt):
+    return "<think>x</think><answer>right</answer>" if attempt % 2 else "<answer>wrong</answer>"
+
+
+def fake_setup(learner=None, cues=TRIE):
+    questions = [Question(str(i), f"Q{i}", ("right",)) for i in range(6)]
+    policy = ScriptedPolicy(scripted)
+    return Setup(
+        policy,
+        learner or CountingLearner(),
+        policy,
+        FakeRetriever(),
+        Data(questions, questions[:3], []),
+        cues,
+    )
+
+
+def config(*overrides):
+    base = [
+        "train.questions=2",
+        "train.steps=4",
+        "method.rollouts=2",
+        "method.filter=none",
+        "train.save_every=2",
+    ]
+    return parse_config({}, [*base, "method.allow_large_alpha=true", "agent.template=terse", *overrides])
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    made = []
+
+    def build(_):
+        made.append(fake_setup())
+        return made[-1]
+
+    monkeypatch.setattr(loop, "build", build)
+    return made
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_a_report_needs(tmp_path, fake):
+    folder = tmp_path / "run"
+    summary = train(config("train.eval_every=2"), folder)
+    assert [r["step"] for r in rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [r["step"] for r in rows(folder / "eval.jsonl")] == [0, 2, 4]
+    assert rows(folder / "metrics.jsonl")[0]["grad_norm"] is None
+    assert {"em_before", "em_after", "generated_tokens", "seconds", "arm", "seed"} <= set(summary)
+    assert set(summary["em_after"]) == {"value", "low", "high", "n"}
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    for name in ("config.toml", "environment.json", "rollouts.jsonl.zst", "checkpoints/step-4/digests.json"):
+        assert (folder / name).stat().st_size > 0
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    assert fake[0].learner.updates == 4
+
+
+def test_a_token_budget_stops_the_run(tmp_path, fake):
+    summary = train(config("train.steps=1000", "train.max_generated_tokens=300"), tmp_path / "run")
+    steps = rows(tmp_path / "run" / "metrics.jsonl")
+    assert steps[-1]["generated_tokens"] >= 300 > steps[-2]["generated_tokens"]
+    assert summary["generated_tokens"] == steps[-1]["generated_tokens"]
+
+
+def test_an_interrupt_finishes_the_step_saves_and_can_be_resumed(tmp_path, fake, monkeypatch):
+    whole = train(config(), tmp_path / "whole")
+    collect = loop.collect
+
+    def interrupting(*args, **kwargs):
+        log = tmp_path / "cut" / "metrics.jsonl"
+        if log.exists() and len(rows(log)) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return collect(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "collect", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(), tmp_path / "cut")
+    assert [r["step"] for r in rows(tmp_path / "cut" / "metrics.jsonl")] == [1, 2, 3]
+    monkeypatch.setattr(loop, "collect", collect)
+    resumed = train(config(), tmp_path / "cut", resume=True)
+    for figure in ("steps", "generated_tokens", "prefilled_tokens"):
+        assert resumed[figure] == whole[figure]
+    assert [r["step"] for r in rows(tmp_path / "cut" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, fake):
+    train(config(), tmp_path / "run")
+    (tmp_path / "run/checkpoints/step-4/weights.json").write_text("broken")
+    assert last_checkpoint(tmp_path / "run")[0].name == "step-2"
+    train(config(), tmp_path / "run", resume=True)
+    assert [r["step"] for r in rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    for step in (2, 4):
+        (tmp_path / f"run/checkpoints/step-{step}/weights.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step-4 \(weights.json is missing\), step-2"):
+        train(config(), tmp_path / "run", resume=True)
+
+
+def test_a_changed_cue_pool_is_an_error(tmp_path, fake, monkeypatch):
+    train(config(), tmp_path / "run")
+    other = CueTrie([CODEC.encode("<think> hm")])
+    monkeypatch.setattr(loop, "build", lambda _: fake_setup(cues=other))
+    with pytest.raises(CheckpointError, match="run's 'cues' has changed since this checkpoint"):
+        train(config(), tmp_path / "run", resume=True)
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, fake):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="is not empty; pass --resume"):
+        train(config(), tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    with pytest.raises(RunFolderError, match="no run to resume"):
+        train(config(), tmp_path / "run", resume=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunFolderError, match="file"):
+        train(config(), tmp_path / "file" / "run")
+
+
+def test_too_few_questions_are_named_before_anything_is_written(tmp_path, fake):
+    with pytest.raises(DataError, match=r"6 training questions, train.questions = 99"):
+        train(config("train.questions=99"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_questions_go_round_in_seeded_epochs():
+    questions = [Question(str(i), "", ("",)) for i in range(10)]
+    seen = [q.id for step in (1, 2, 3, 4, 5) for q in questions_of(questions, step, 4, seed=1)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(q.id for q in questions)
+    assert seen[:10] != seen[10:]
+    assert step_seed(0, 1, "a") != step_seed(0, 1, "b") != step_seed(1, 1, "b")
+
+
+def test_free_folder_counts_up(tmp_path):
+    assert free_folder("a", tmp_path) == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    assert free_folder("a", tmp_path) == tmp_path / "a-2"
+
+
+REAL = """
+train.questions=3 train.steps=4 train.save_every=2 train.control='' train.max_generated_tokens=0 train.threads=1
+method.rollouts=3 method.probe_probability=1.0 method.filter=none method.allow_large_alpha=true
+data.world_people=24 data.world_questions=30 data.dev_limit=6
+""".split()
+
+
+@pytest.mark.parametrize("arm", ["grpo", "rex-rag", "rex-rag-internalize"])
+def test_two_steps_and_two_more_are_four_bit_for_bit(tmp_path, arm):
+    settings = presets.resolve("quickstart", arm, REAL)
+    train(settings, tmp_path / "whole")
+    short = presets.resolve("quickstart", arm, [*REAL, "train.steps=2"])
+    train(short, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-4", ignore_errors=True)
+    train(settings, tmp_path / "cut", resume=True)
+    for name in ("model.safetensors", "optimizer.safetensors", "learner.json"):
+        whole, cut = (tmp_path / f / "checkpoints/step-4" / name for f in ("whole", "cut"))
+        assert whole.read_bytes() == cut.read_bytes(), name
+    timeless = [
+        [
+            {k: v for k, v in r.items() if "time" not in k and k != "seconds"}
+            for r in rows(tmp_path / f / "metrics.jsonl")
+        ]
+        for f in ("whole", "cut")
+    ]
+    assert timeless[0] == timeless[1]
+    assert torch.get_num_threads() == 1
