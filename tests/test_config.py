@@ -14,7 +14,9 @@ def test_defaults_survive_a_round_trip(tmp_path):
 
 
 def test_overrides_are_typed_and_later_ones_win():
-    config = parse_config({}, ["method.kl=0.001", "data.train=a.jsonl", "method.kl=0.5", "method.probe=false"])
+    config = parse_config(
+        {}, ["method.kl=0.001", "data.train=a.jsonl", "method.kl=0.5", "method.probe=false"]
+    )
     assert config.method.kl == 0.5 and config.method.probe is False and config.data.train == "a.jsonl"
     assert parse_config({}, ["learner.betas=[0.9, 0.99]"]).learner.betas == (0.9, 0.99)
 
@@ -23,7 +25,11 @@ def test_overrides_are_typed_and_later_ones_win():
     ("tree", "overrides", "says"),
     [
         ({"methd": {}}, [], "unknown key 'methd'.*"),
-        ({"method": {"keep_ration": 0.1}}, [], "unknown key 'method.keep_ration'; did you mean 'method.keep_ratio'"),
+        (
+            {"method": {"keep_ration": 0.1}},
+            [],
+            "unknown key 'method.keep_ration'; did you mean 'method.keep_ratio'",
+        ),
         ({"method": 3}, [], "'method' is a table, got 3"),
         ({}, ["keep_ratio=0.1"], "unknown key 'keep_ratio'; did you mean 'method.keep_ratio'"),
         ({}, ["method.kl"], "expected key=value"),

@@ -181,11 +181,21 @@ def test_free_folder_counts_up(tmp_path):
     assert free_folder("a", tmp_path) == tmp_path / "a-2"
 
 
-REAL = """
-train.questions=3 train.steps=4 train.save_every=2 train.control='' train.max_generated_tokens=0 train.threads=1
-method.rollouts=3 method.probe_probability=1.0 method.filter=none method.allow_large_alpha=true
-data.world_people=24 data.world_questions=30 data.dev_limit=6
-""".split()
+REAL = [
+    "train.questions=3",
+    "train.steps=4",
+    "train.save_every=2",
+    "train.control=''",
+    "train.max_generated_tokens=0",
+    "train.threads=1",
+    "method.rollouts=3",
+    "method.probe_probability=1.0",
+    "method.filter=none",
+    "method.allow_large_alpha=true",
+    "data.world_people=24",
+    "data.world_questions=30",
+    "data.dev_limit=6",
+]
 
 
 @pytest.mark.parametrize("arm", ["grpo", "rex-rag", "rex-rag-internalize"])
