@@ -1,0 +1,96 @@
+"""Numbers over runs: which runs make an arm, curves over seeds, means and their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, stdev
+
+from rexrag.report.read import Evaluation, Run, number
+
+Points = list[tuple[float, float]]
+
+ARM_COLORS = ("--arm0", "--arm1", "--arm2", "--arm3", "--arm4", "--arm5")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
+CONTROL_STYLE = ("--control", "circle-open")
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond the table the normal's.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Runs that differ by seed only, and how they are drawn."""
+
+    name: str
+    color: str
+    symbol: str
+    runs: Sequence[Run]
+
+
+def group_arms(runs: Sequence[Run]) -> list[Arm]:
+    """Runs by arm, in order of appearance. A control of the same name as its run's arm is kept apart."""
+    trained = {run.arm for run in runs if not run.control}
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        owner = next((r.arm for r in runs if not r.control and r.folder == run.folder.parent), None)
+        twin = run.control and run.arm == owner
+        members.setdefault(f"{run.arm} (control)" if twin else run.arm, []).append(run)
+    colors = iter([c for _ in members for c in zip(ARM_COLORS, SYMBOLS, strict=True)])
+    arms = []
+    for name, group in members.items():
+        control = any(run.control for run in group) or (name == "grpo" and len(trained) > 1)
+        color, symbol = CONTROL_STYLE if control else next(colors)
+        arms.append(Arm(name, color, symbol, group))
+    return arms
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half-width of its 95 % t-interval; no interval below three values, where it says nothing."""
+    if len(values) < 3:
+        return fmean(values), None
+    t = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
+    return fmean(values), t * stdev(values) / len(values) ** 0.5
+
+
+def series(run: Run, key: str, x: str = "step") -> Points:
+    """(x, metric) of every step that has both."""
+    pairs = ((number(row, x), number(row, key)) for row in run.metrics)
+    return [(at, value) for at, value in pairs if at is not None and value is not None]
+
+
+def mean_series(runs: Sequence[Run], key: str, width: int, x: str = "step") -> Points:
+    """Mean over the seeds at steps that all have, then a trailing moving average over `width` steps."""
+    tables = [table for run in runs if (table := _table(run, key, x))]
+    if not tables:
+        return []
+    steps = sorted(set(tables[0]).intersection(*tables[1:]))
+    points = [tuple(map(fmean, zip(*(table[step] for table in tables), strict=True))) for step in steps]
+    smooth = [fmean(value for _, value in points[max(0, i - width + 1) : i + 1]) for i in range(len(points))]
+    return [(at, value) for (at, _), value in zip(points, smooth, strict=True)]
+
+
+def _table(run: Run, key: str, x: str) -> dict[float, tuple[float, float]]:
+    values = ((row["step"], number(row, x), number(row, key)) for row in run.metrics)
+    return {step: (at, value) for step, at, value in values if at is not None and value is not None}
+
+
+def aligned(seeds: Sequence[Sequence[Evaluation]], curves: Sequence[Points]) -> list[Points]:
+    """One column of (tokens, EM) a seed, for each evaluation they share.
+
+    Seeds that were evaluated at the same steps are paired by step. Otherwise (a budget of tokens ends each
+    seed at a step of its own) each seed is read off, linearly, at the tokens of the one with the fewest rows.
+    """
+    if all([row.step for row in rows] == [row.step for row in seeds[0]] for rows in seeds):
+        return [list(column) for column in zip(*curves, strict=True)]
+    first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+    grid = [at for at, _ in min(curves, key=len) if first <= at < last] + [last] * (last >= first)
+    return [[(at, _read_off(curve, at)) for curve in curves] for at in grid]
+
+
+def _read_off(curve: Points, at: float) -> float:
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if x0 <= at <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return curve[-1][1]

@@ -1,0 +1,183 @@
+"""The page is one file that loads nothing, says what the numbers are, and treats every text as text."""
+
+import base64
+import hashlib
+import json
+import re
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rexrag.errors import DataError
+from rexrag.report import write_report
+from rexrag.report.page import json_block
+from rexrag.report.words import compact, duration
+from tests.report.synthetic import HOSTILE, write_run
+
+
+class Page(HTMLParser):
+    """The elements of a page and the text of its scripts, as a browser's parser would find them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self.policy = ""
+        self._in_script = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self._in_script = True
+            self.scripts.append("")
+        if ("http-equiv", "Content-Security-Policy") in attrs:
+            self.policy = dict(attrs)["content"] or ""
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_script = self._in_script and tag != "script"
+
+    def handle_data(self, data: str) -> None:
+        if self._in_script:
+            self.scripts[-1] += data
+        else:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def page_of(*folders: Path) -> Page:
+    out = folders[0].parent / "report.html"
+    assert write_report(folders, out) == out
+    return Page(out.read_text(encoding="utf-8"))
+
+
+@given(
+    st.recursive(
+        st.none() | st.text() | st.integers(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_the_json_block_says_the_same_and_cannot_end_its_script(value: object) -> None:
+    block = json_block(value)
+    assert json.loads(block) == value
+    assert not re.search("[<>&\u2028\u2029]", block) and block.isascii()
+
+
+def test_numbers_that_json_lacks_become_null_and_floats_are_shortened() -> None:
+    assert json_block([float("nan"), float("inf"), 1.23456789, 1e-12]) == "[null,null,1.2346,1e-12]"
+
+
+def test_the_page_loads_nothing_and_runs_its_two_scripts_only(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", steps=6, control=True))
+    assert len(page.scripts) == 3
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "iframe", "img", "object", "embed", "base")
+        assert "src" not in attributes and not any(name.startswith("on") for name in attributes)
+        assert (attributes.get("href") or "#").startswith("#")
+    assert "default-src 'none'" in page.policy and "connect" not in page.policy
+    for script in page.scripts[1:]:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in page.policy
+    assert "unsafe" not in page.policy.split("script-src")[1].split(";")[0]
+    assert sum("plotly.js v" in script[:200] for script in page.scripts) == 1
+
+
+def test_the_headline_shows_run_and_control(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=12, seed=4, control=True)
+    text = page_of(folder).text
+    for where in (folder, folder / "control"):
+        summary = json.loads((where / "summary.json").read_text())
+        for key in ("em_before", "em_after"):
+            em = summary[key]
+            assert f"{100 * em['value']:.1f} [{100 * em['low']:.1f}, {100 * em['high']:.1f}]" in text
+        assert f"{100 * (summary['em_after']['value'] - summary['em_before']['value']):+.1f}" in text
+    assert "seed 4" in text and "51.6 k" in text and "1.18 times the control's tokens" in text
+    assert "still going" not in text
+
+
+def test_a_run_that_is_still_going_makes_a_page_that_says_so(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=6, finished=False)
+    path = folder / "rollouts.jsonl.zst"
+    path.write_bytes(path.read_bytes()[:-9])
+    text = page_of(folder).text
+    assert "the run is still going" in text and "step 6 of 12" in text and "so far" in text
+    assert "half-written frame" in text
+
+
+def test_a_run_before_its_first_step_makes_a_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", finished=False)
+    for name in ("metrics.jsonl", "eval.jsonl", "rollouts.jsonl.zst"):
+        (folder / name).unlink()
+    text = page_of(folder).text
+    assert "No evaluation yet." in text and "No rollout was recorded." in text and "Dead ends" in text
+
+
+def test_several_seeds_show_the_mean_and_the_paired_difference(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / f"{arm}{s}", arm=arm, seed=s, steps=6)
+        for arm in ("internalize", "grpo")
+        for s in range(3)
+    ]
+    ends = {f.name: json.loads((f / "summary.json").read_text())["em_after"]["value"] for f in folders}
+    gap = sum(ends[f"internalize{s}"] - ends[f"grpo{s}"] for s in range(3)) / 3
+    text = page_of(*folders).text
+    assert "EM after − grpo, paired" in text and f"{100 * gap:+.1f}".replace("-", "−") in text
+    assert "seeds 0, 1, 2" in text and "6 run folders" in text
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=9, control=True, hostile=True)
+    page = page_of(folder)
+    assert len(page.scripts) == 3 and {tag for tag, _ in page.elements}.isdisjoint({"img", "svg"})
+    assert HOSTILE[0] in page.text
+    data = json.loads(page.scripts[0])
+    shown = {record["question"] for record in data["rollouts"]}
+    for text in HOSTILE:
+        assert any(text in question for question in shown)
+    labels = [
+        t["name"] for chart in data["charts"] for view in chart["views"].values() for t in view if "name" in t
+    ]
+    assert labels and not any("<" in unescape(label) and "&lt;" not in label for label in labels)
+
+
+def test_the_cap_is_said_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "run", steps=60, rollouts_per_step=20)
+    page = page_of(folder)
+    assert len(json.loads(page.scripts[0])["rollouts"]) == 300
+    assert re.search(r"300 of [\d,]+ recorded rollouts", page.text) and "at most 300" in page.text
+
+
+def test_a_folder_is_taken_for_the_place_of_the_page_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    before = {path.name for path in folder.iterdir()}
+    assert write_report([folder], folder) == folder / "report.html"
+    assert {path.name for path in folder.iterdir()} == before | {"report.html"}
+
+
+def test_a_wrong_folder_leaves_the_old_page(tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    out.write_text("old")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"config\.toml is missing"):
+        write_report([write_run(tmp_path / "run", steps=3), tmp_path / "empty"], out)
+    assert out.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(None, "–"), (0, "0"), (999, "999"), (51600, "51.6 k"), (1.234e6, "1.23 M")]
+)
+def test_counts_in_words(value: float | None, said: str) -> None:
+    assert compact(value) == said
+
+
+@pytest.mark.parametrize(("value", "said"), [(None, "–"), (59, "59 s"), (60, "1 min"), (4210, "1 h 10 min")])
+def test_durations_in_words(value: float | None, said: str) -> None:
+    assert duration(value) == said
