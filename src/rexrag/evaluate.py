@@ -48,7 +48,10 @@ def evaluate(
 
 
 def figures(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """EM and F1 with 95 % bootstrap intervals, EM by hops, searches, unanswered share, tokens written."""
+    """EM and F1 with 95 % bootstrap intervals, EM by hops, searches, unanswered share, tokens written.
+
+    `em_by_question` keeps the order of the questions, so that two evaluations can be compared in pairs.
+    """
     em = [rollout.em for rollout in rollouts]
     by_hops = {
         str(hops): interval([r.em for r in rollouts if r.question.hops == hops])
@@ -61,6 +64,7 @@ def figures(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "searches": _mean([sum(t.action == "search" for t in r.turns) for r in rollouts]),
         "unanswered": _mean([r.answer is None for r in rollouts]),
         "tokens": _mean([r.count(Origin.POLICY) for r in rollouts]),
+        "em_by_question": em,
     }
 
 

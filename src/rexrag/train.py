@@ -19,7 +19,7 @@ import torch
 from rexrag.config import Config
 from rexrag.diagnostics import describe
 from rexrag.errors import CheckpointError, DataError
-from rexrag.evaluate import evaluate
+from rexrag.evaluate import evaluate, interval
 from rexrag.io import write_json
 from rexrag.method.filtering import adaptive_keep_ratio, update_probe_accuracy
 from rexrag.runs import append, environment, last_checkpoint, open_run, save_checkpoint, truncate_logs
@@ -226,8 +226,10 @@ def _summarise(config: Config, folder: Path, progress: Progress) -> dict[str, An
         "seconds": round(progress.seconds, 3),
     }
     if evaluations:
-        before, after = evaluations[0]["em"], evaluations[-1]["em"]
-        summary |= {"em_before": before, "em_after": after, "rise": after["value"] - before["value"]}
+        first, last = evaluations[0], evaluations[-1]
+        pairs = zip(first["em_by_question"], last["em_by_question"], strict=True)
+        rise = interval([after - before for before, after in pairs])
+        summary |= {"em_before": first["em"], "em_after": last["em"], "rise": rise}
     write_json(folder / "summary.json", summary)
     return summary
 

@@ -27,8 +27,8 @@ models.register(app)
 def _root(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
-    """Examples:
-
+    """\b
+    Examples:
     rexrag train                                the embedded quickstart, no network, no GPU
     rexrag train my.toml --set train.steps=200  your own model and data
     rexrag ask "Who is the mayor of …?"         watch the agent search

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -76,14 +77,19 @@ class RunProgress:
 
 def format_interval(value: dict[str, float]) -> str:
     """`.412 [.356, .468]`."""
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]".replace("0.", ".")
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A plain table; text from models and files is escaped."""
-    drawn = Table(title=title, title_justify="left", title_style="bold")
+def format_points(value: dict[str, float]) -> str:
+    """`+35.1 [+29.1, +41.1]`."""
+    return f"{100 * value['value']:+.1f} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], words: bool = False) -> Table:
+    """A plain table; text from models and files is escaped. `words`: every column is text, not numbers."""
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right")
+        drawn.add_column(column, justify="left" if words or i == 0 else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*(escape(str(cell)) for cell in row))
     return drawn
@@ -99,14 +105,14 @@ def summary_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
                 label,
                 format_interval(summary["em_before"]) if has_eval else "–",
                 format_interval(summary["em_after"]) if has_eval else "–",
-                f"{100 * summary['rise']:+.1f}" if has_eval else "–",
+                format_points(summary["rise"]) if has_eval else "–",
                 f"{summary['generated_tokens']:,}",
                 summary["steps"],
                 f"{summary['seconds']:.0f}",
             )
         )
-    columns = ("run", "held-out EM before", "after", "rise (points)", "generated tokens", "steps", "seconds")
-    return table("Result (95 % bootstrap intervals)", columns, rows)
+    columns = ("run", "EM before", "EM after", "rise in points", "tokens", "steps", "s")
+    return table("Held-out exact match with 95 % bootstrap intervals", columns, rows)
 
 
 def stdout() -> Console:

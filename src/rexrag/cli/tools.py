@@ -34,8 +34,8 @@ def ask(
 ) -> None:
     """Answer one question; the trace appears as it is written.
 
+    \b
     Examples:
-
       rexrag ask "Who is the mayor of the city where … was born?"
       rexrag ask "…" --policy runs/quickstart/checkpoints/step-60 --set data.world_seed=7
     """
@@ -200,4 +200,4 @@ def doctor(as_json: JsonOption = False) -> None:
         print(json.dumps([asdict(finding) for finding in findings]))
         return
     rows = [(f.what, f.state, f.detail, f.remedy or "–") for f in findings]
-    stdout().print(table("rexrag doctor", ("what", "state", "detail", "to add it"), rows))
+    stdout().print(table("rexrag doctor", ("what", "state", "detail", "to add it"), rows, words=True))

@@ -37,8 +37,8 @@ def train(
 ) -> None:
     """Train a search agent, show that it got better, and leave a run folder with a page.
 
+    \b
     Examples:
-
       rexrag train
       rexrag train --set train.steps=100 --out runs/long
       rexrag train smollm2-2wiki --set data.train=train.jsonl --set data.corpus=corpus.jsonl
