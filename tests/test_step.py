@@ -164,3 +164,29 @@ def test_traces_show_probes_beside_their_parents_first():
     )[step.streams.mask[8, : len(step.rows[8].tokens)]]
     assert probe["weight"] == pytest.approx(float(weights.mean()), rel=1e-5)
     assert set(step.samples[8].segment) == {int(s) for s in (Segment.PREFIX, Segment.CUE, Segment.SUFFIX)}
+
+
+def test_a_cue_that_no_longer_fits_is_no_probe():
+    """Its score would be 0, above every real one: the filter must never see it."""
+    prompt, said = len("Question: Hard?"), len("<think>a guess</think><answer>Rome</answer>")
+    step, _ = run(f"agent.total_tokens={prompt + said}", questions=QUESTIONS[1:])
+    assert step.base[0].answer == "Rome"
+    assert all(p.cue_length > 0 for p in step.probes) and len(step.probes) == ROLLOUTS
+    tight, _ = run(
+        f"agent.total_tokens={prompt + len('<answer>Rome</answer>')}",
+        questions=QUESTIONS[1:],
+        said=lambda q, turn, attempt: "<answer>Rome</answer>",
+    )
+    long_cue = CueTrie([CODEC.encode("<think> " + "no " * 20)])
+    assert len(tight.probes) == ROLLOUTS
+    config = parse_config(
+        {},
+        [
+            "method.rollouts=2",
+            "method.probe_probability=1.0",
+            "agent.template=terse",
+            f"agent.total_tokens={prompt + 30}",
+        ],
+    )
+    policy = ScriptedPolicy(lambda q, turn, attempt: "<answer>Rome</answer>")
+    assert collect(QUESTIONS[1:], policy, FakeRetriever(), long_cue, config, 1.0, 0).probes == []

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rexrag.agent.codec import HFCodec
 from rexrag.agent.episode import Codec
 from rexrag.agent.prompts import cue_pool
 from rexrag.config import Config, DataConfig
@@ -63,7 +64,9 @@ def build(config: Config) -> Setup:
     policy, learner = load_engine(config)
     own = policy if learner.mirror is None else LocalPolicy(learner.model, policy.codec)
     cues = load_cues(config, policy.codec)
-    return Setup(policy, learner, own, retriever, data, cues, policy.codec.tokenizer.save_pretrained)
+    codec = policy.codec
+    assert isinstance(codec, HFCodec)
+    return Setup(policy, learner, own, retriever, data, cues, codec.tokenizer.save_pretrained)
 
 
 def load_data(config: DataConfig) -> Data:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rexrag.agent.episode import Episode
+from rexrag.agent.episode import Episode, State
 from rexrag.config import Config, MethodConfig
 from rexrag.engine.base import Policy
 from rexrag.method.advantages import group_advantages
 from rexrag.method.cues import CueTrie
-from rexrag.method.dead_ends import cut_position, is_dead_end
+from rexrag.method.dead_ends import is_dead_end
 from rexrag.method.filtering import cue_scores, keep_count, keep_probes
 from rexrag.method.probing import ProbePlan, in_all_wrong_groups, plan_probes
 from rexrag.method.realignment import mismatch_weights
@@ -77,8 +77,11 @@ def collect(
         clock.lap("rollout")
 
         # §2.2–2.4 Dead ends, a coin and a cue for each, and the same policy goes on from the cut.
-        plans = _plan(base, group_of, method, trie, generator)
-        forks = [_fork(episodes[plan.parent], base[plan.parent], plan, trie) for plan in plans]
+        drawn = _plan(base, group_of, method, trie, generator)
+        made = [(plan, _fork(episodes[plan.parent], plan, trie)) for plan in drawn]
+        # A cue that no longer fits the window leaves nothing to go on with.
+        alive = [(plan, fork) for plan, fork in made if fork.state is not State.DONE]
+        plans, forks = [plan for plan, _ in alive], [fork for _, fork in alive]
         session.run(forks, retriever, agent.temperature, seed + 1)
         probes = [fork.rollout() for fork in forks]
         clock.lap("probe")
@@ -143,9 +146,7 @@ def _plan(
     return plan_probes(dead, method.probe_probability, None if trie is None else len(trie), generator)
 
 
-def _fork(episode: Episode, parent: Rollout, plan: ProbePlan, trie: CueTrie | None) -> Episode:
-    cut = cut_position(parent)
-    assert cut is not None  # plan_probes was given dead ends only
+def _fork(episode: Episode, plan: ProbePlan, trie: CueTrie | None) -> Episode:
     cue = () if plan.cue is None or trie is None else trie.cues[plan.cue]
     return episode.fork(cue, plan.cue, plan.parent)
 

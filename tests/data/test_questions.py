@@ -249,7 +249,7 @@ def test_any_row_is_a_question_or_a_named_error(base: dict[str, object], change:
     try:
         question = parse_question(row, 9)
     except FieldError as error:
-        known = [*fields, "prompt", "reward_model", "data_source", "extra_info"]
+        known = [*fields, "question", "answers", "prompt", "reward_model", "data_source", "extra_info"]
         assert error.field.split(".")[0] in known
         assert "expected" in str(error)
     else:

@@ -1,0 +1,294 @@
+"""One multi-turn rollout as a pure state machine: no model, no IO (METHOD §1, §2.4).
+
+    SAMPLE --sampled()--> SAMPLE | FORCED (a notice) | SEARCH | DONE
+    SEARCH --found()----> FORCED (evidence) | DONE
+    FORCED --take_forced()--> SAMPLE
+
+The same code runs under the local sampler, token by token, and under an engine that samples a whole turn at
+once and feeds it here token by token. Tokens are kept as they were sampled: text is decoded only to look for
+an action, and nothing decoded is ever encoded again.
+
+A turn ends at the first complete action, at an end-of-sequence token, or after `turn_tokens` sampled tokens.
+After `search_turns` turns one more follows in which a search is not run. Prompt and response together never
+exceed `total_tokens`; an insertion that does not fit, with at least one token to sample after it, ends the
+rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
+from typing import Protocol
+from weakref import WeakKeyDictionary, ref
+
+from rexrag.agent.prompts import render_prompt
+from rexrag.agent.protocol import EVIDENCE_CLOSE, EVIDENCE_OPEN, NOTICE, Action, parse_action, render_evidence
+from rexrag.agent.reward import exact_match, rollout_reward
+from rexrag.config import AgentConfig
+from rexrag.errors import ConfigError, DataError
+from rexrag.types import Document, Origin, Question, Rollout, StopReason, Turn
+
+POLICY = int(Origin.POLICY)
+
+
+class Codec(Protocol):
+    """Text to token ids and back, and a user message to a prompt."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with no special tokens added."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids: special tokens kept, spaces left as they are."""
+        ...
+
+    def prompt(self, user_message: str) -> list[int]:
+        """Prompt ids: the chat template where the tokenizer has one, with a generation prompt."""
+        ...
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+
+class State(StrEnum):
+    """What an episode waits for."""
+
+    SAMPLE = "sample"
+    """`sampled(token, logp)`."""
+    FORCED = "forced"
+    """`forced` to be run through the model, then `take_forced`."""
+    SEARCH = "search"
+    """Documents for `query`, then `found`."""
+    DONE = "done"
+    """`rollout()` is ready."""
+
+
+class _Tables(dict[int, bool]):
+    """What is worth keeping about a codec: token id -> may it end a turn, and the environment's own tokens.
+
+    Only a token whose own text holds ">" can complete a closing tag, whatever it is merged with, so that no
+    other token needs a look at the text.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        super().__init__()
+        self.codec = ref(codec)  # a strong reference would keep the codec alive through its own table
+        self.eos = codec.eos_ids
+        self.notice = tuple(codec.encode(NOTICE))
+        self.frame = len(codec.encode(EVIDENCE_OPEN)) + len(codec.encode(EVIDENCE_CLOSE))
+
+    def __missing__(self, token: int) -> bool:
+        codec = self.codec()
+        assert codec is not None
+        stops = self[token] = token in self.eos or ">" in codec.decode([token])
+        return stops
+
+
+_TABLES: WeakKeyDictionary[Codec, _Tables] = WeakKeyDictionary()
+
+
+def _tables(codec: Codec) -> _Tables:
+    tables = _TABLES.get(codec)
+    if tables is None:
+        tables = _TABLES[codec] = _Tables(codec)
+    return tables
+
+
+class Episode:
+    """A rollout in the making. `tokens`, `origins` and `logps` are the response so far, aligned.
+
+    Raises DataError where the prompt leaves no token to sample, ConfigError where `evidence_tokens` cannot
+    hold even an empty `<information>` block.
+    """
+
+    def __init__(self, question: Question, codec: Codec, config: AgentConfig, topk: int = 3) -> None:
+        self.question, self.codec, self.config, self.topk = question, codec, config, topk
+        self._stops = _tables(codec)
+        if config.evidence_tokens < self._stops.frame:
+            raise ConfigError(
+                f"agent.evidence_tokens = {config.evidence_tokens}: an empty <information> block "
+                f"takes {self._stops.frame} tokens"
+            )
+        self.prompt: tuple[int, ...] = tuple(codec.prompt(render_prompt(config.template, question.text)))
+        self._room = config.total_tokens - len(self.prompt)
+        if self._room < 1:
+            raise DataError(
+                f"question '{question.group}': its prompt has {len(self.prompt)} tokens, "
+                f"agent.total_tokens = {config.total_tokens} leaves no room for a response"
+            )
+        self.tokens: list[int] = []
+        self.origins: list[int] = []
+        self.logps: list[float] = []
+        self.turns: list[Turn] = []
+        self.forced: tuple[int, ...] = ()
+        self.forced_origin = Origin.EVIDENCE
+        self.query = ""
+        self.stop: StopReason | None = None
+        self.answer: str | None = None
+        self.parent: Episode | None = None
+        self.parent_index: int | None = None
+        self.cut: int | None = None
+        self.cue: int | None = None
+        self.cue_length = 0
+        self._begin_turn()
+
+    # -- what an engine calls ------------------------------------------------------------------------------
+
+    def sampled(self, token: int, logp: float) -> None:
+        """One token was sampled (state SAMPLE); may change the state."""
+        if self.state is not State.SAMPLE:
+            raise RuntimeError(f"a token was sampled in state '{self.state}'")
+        tokens = self.tokens
+        tokens.append(token)
+        self.origins.append(POLICY)
+        self.logps.append(logp)
+        if self._stops[token] or len(tokens) >= self._limit:
+            self._look(token)
+
+    def take_forced(self, logps: Sequence[float]) -> None:
+        """`forced` was run through the model. `logps` are kept for CUE tokens and 0.0 is stored otherwise."""
+        if self.state is not State.FORCED:
+            raise RuntimeError(f"forced tokens were appended in state '{self.state}'")
+        forced, is_cue = self.forced, self.forced_origin is Origin.CUE
+        if is_cue and len(logps) != len(forced):
+            raise ValueError(f"{len(forced)} cue tokens need as many log-probs, got {len(logps)}")
+        self.tokens += forced
+        self.origins += [int(self.forced_origin)] * len(forced)
+        self.logps += map(float, logps) if is_cue else [0.0] * len(forced)
+        self.forced = ()
+        if is_cue:
+            self._resume_turn()
+        else:
+            self._begin_turn()
+
+    def found(self, documents: Sequence[Document]) -> None:
+        """The answer to SEARCH: evidence becomes `forced`, or ends the rollout where it does not fit."""
+        if self.state is not State.SEARCH:
+            raise RuntimeError(f"documents came in state '{self.state}'")
+        documents = documents[: self.topk]
+        self.turns[-1] = replace(self.turns[-1], documents=tuple(d.id for d in documents))
+        self.query = ""
+        self._force(render_evidence(documents, self.codec, self.config.evidence_tokens), Origin.EVIDENCE)
+
+    def fork(self, cue: Sequence[int], cue_index: int | None, parent_index: int) -> Episode:
+        """A probe of this finished rollout: its tokens up to the cut, then `cue` as forced CUE tokens.
+
+        The cut is before the `<answer>` tag; in an unanswered rollout, before the action its last turn was
+        spent on, or at that turn's end. The probe inherits the turns before that one. The turn that was cut
+        is reopened, not spent twice: it keeps its number and the tokens it has used of `turn_tokens` (unless
+        it had used them all), and its record spans the cue. Only what the policy says after the cue can
+        complete an action. With an empty cue the probe goes straight on. A cue that does not fit the window
+        is not given: the probe is DONE at its cut, unanswered.
+        """
+        if self.state is not State.DONE or not self.turns:
+            raise RuntimeError("only a finished rollout can be probed")
+        last = self.turns[-1]
+        cut = last.end if last.action_start is None else last.action_start
+        probe = Episode.__new__(Episode)
+        probe.__dict__.update(self.__dict__)
+        probe.tokens, probe.origins, probe.logps = self.tokens[:cut], self.origins[:cut], self.logps[:cut]
+        probe.turns = self.turns[:-1]
+        probe.stop = probe.answer = None
+        probe.parent, probe.parent_index, probe.cut = self, parent_index, cut
+        probe.cue, probe.cue_length = None, 0
+        probe._turn_start = last.start
+        probe._turn_used = self.origins[last.start : cut].count(POLICY)
+        if not cue and cut < self._room:
+            probe._resume_turn()
+        elif probe._force(cue, Origin.CUE):
+            probe.cue, probe.cue_length = cue_index, len(cue)
+        return probe
+
+    def rollout(self) -> Rollout:
+        """The finished rollout with its answer and reward (state DONE)."""
+        if self.stop is None:
+            raise RuntimeError(f"the rollout is not finished: state '{self.state}'")
+        text = self.codec.decode(self.tokens)
+        return Rollout(
+            question=self.question,
+            prompt=self.prompt,
+            tokens=tuple(self.tokens),
+            origins=tuple(self.origins),
+            logps=tuple(self.logps),
+            turns=tuple(self.turns),
+            stop=self.stop,
+            answer=self.answer,
+            reward=rollout_reward(self.answer, text, self.question.answers, self.config),
+            em=0.0 if self.answer is None else exact_match(self.answer, self.question.answers),
+            text=text,
+            forced_last_turn=len(self.turns) > self.config.search_turns,
+            parent=self.parent_index,
+            cut=self.cut,
+            cue=self.cue,
+            cue_length=self.cue_length,
+        )
+
+    # -- turns ---------------------------------------------------------------------------------------------
+
+    def _begin_turn(self) -> None:
+        self._turn_start, self._turn_used = len(self.tokens), 0
+        self._resume_turn()
+
+    def _resume_turn(self) -> None:
+        """Sample from here on, with what is left of the turn's tokens; all of them where nothing is left."""
+        self._read_from = len(self.tokens)
+        left = self.config.turn_tokens - self._turn_used
+        self._limit = min(self._read_from + (left if left > 0 else self.config.turn_tokens), self._room)
+        self.state = State.SAMPLE
+
+    def _look(self, token: int) -> None:
+        """Does the turn end with this token?"""
+        text, action = "", None
+        if token not in self._stops.eos:
+            text = self.codec.decode(self.tokens[self._read_from :])
+            action = parse_action(text)
+        if action is not None:
+            self._end_turn(self._record(text, action))
+        elif token in self._stops.eos or len(self.tokens) >= self._limit:
+            self._end_turn(Turn(self._turn_start, len(self.tokens)))
+
+    def _end_turn(self, turn: Turn) -> None:
+        self.turns.append(turn)
+        if turn.action == "answer":
+            self.answer = turn.argument
+            self._finish(StopReason.ANSWER)
+        elif len(self.tokens) >= self._room:
+            self._finish(StopReason.LENGTH)
+        elif len(self.turns) > self.config.search_turns:
+            self._finish(StopReason.TURNS)
+        elif turn.action == "search":
+            self.query, self.state = turn.argument, State.SEARCH
+        else:
+            self._force(self._stops.notice, Origin.NOTICE)
+
+    def _record(self, text: str, action: Action) -> Turn:
+        """The turn that ends with this action; `text` is what was sampled since `_read_from`."""
+        action_start = self._boundary(action.start, len(self.tokens))
+        thought = text.rfind("</think>", 0, action.start)
+        return Turn(
+            self._turn_start,
+            len(self.tokens),
+            action.kind,
+            action.argument,
+            action_start,
+            self._boundary(thought, action_start) if thought >= 0 else None,
+        )
+
+    def _boundary(self, position: int, end: int) -> int:
+        """Largest token boundary, `end` at most, whose text ends at or before character `position`."""
+        first = self._read_from
+        while end > first and len(self.codec.decode(self.tokens[first:end])) > position:
+            end -= 1
+        return end
+
+    def _force(self, tokens: Sequence[int], origin: Origin) -> bool:
+        """Insert tokens; False where they leave no token to sample, which ends the rollout."""
+        if len(self.tokens) + len(tokens) >= self._room:
+            self._finish(StopReason.LENGTH)
+            return False
+        self.forced, self.forced_origin, self.state = tuple(tokens), origin, State.FORCED
+        return True
+
+    def _finish(self, reason: StopReason) -> None:
+        self.stop, self.state = reason, State.DONE

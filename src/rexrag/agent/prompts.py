@@ -1,0 +1,138 @@
+"""Instruction templates and cue pools, as named sets (METHOD §1, §2.5). All wording is this project's own."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TypeVar
+
+from rexrag.errors import ConfigError
+
+T = TypeVar("T")
+
+TEMPLATES: Mapping[str, str] = MappingProxyType(
+    {
+        # Same meaning as Search-R1's instruction.
+        "search-r1": (
+            "Answer the question below. Whenever new information reaches you, first reason about it "
+            "between <think> and </think>. If your reasoning shows that a fact is missing, you may ask a "
+            "search engine with <search> query </search>; its best results are then shown to you between "
+            "<information> and </information>. Search as many times as you like. Once nothing more has to "
+            "be looked up, state the answer between <answer> and </answer>, with no explanation around it. "
+            "For example, <answer> Beijing </answer>. Question: {question}\n"
+        ),
+        # For a model that was taught the protocol by demonstration.
+        "terse": "Question: {question}",
+        # The baseline without search.
+        "direct": (
+            "Answer the question below from what you already know. Reply with nothing but the answer, "
+            "between <answer> and </answer>. For example, <answer> Beijing </answer>. Question: {question}\n"
+        ),
+    }
+)
+"""Instruction templates; `{question}` is the only field."""
+
+_DEFAULT = (
+    "<think> Wait, that came too easily, so I should try to prove it wrong.",
+    "<think> Maybe the passage was about somebody else and I misread the name.",
+    "<think> I am not convinced yet, because one step of this rests on a guess.",
+    "<think> Hold on, the question asks for something slightly different from what I found.",
+    "<think> Before I commit to this, another search might tell me whether it holds.",
+    "<think> Did I really read that, or did I fill a gap from memory?",
+    "<think> Something here does not fit together. I want to know why.",
+    "<think> My last query was vague, so a more precise one may change the picture.",
+    "<think> Perhaps I stopped one step short of what the question is asking me.",
+    "<think> Actually, I have seen no evidence for the last part.",
+    "<think> Let me go back over the facts, since one of them may be mistaken.",
+    "<think> Hmm, two different things could share this name and I picked one blindly.",
+    "<think> If I had to defend this answer right now, I could not say why.",
+    "<think> There may be a newer or better source that says something else entirely.",
+    "<think> No, I should not trust this until I have confirmed it with a search.",
+    "<think> What if the first thing I looked up led me in the wrong direction?",
+    "<think> Looking at it again, I may have mixed up two details.",
+    "<think> One piece is still missing, and I can look it up.",
+    "<think> Could it be that I answered an easier question than the one asked?",
+    "<think> On second thought, the documents only hint at this and never say it.",
+    "<think> It would be careless to finish now, as I only checked half of it.",
+    "<think> So far I have assumed the link between these facts without testing it.",
+    "<think> Am I sure about this? A different search could show otherwise.",
+    "<think> The evidence I have is thin, and a second source would help.",
+    "<think> Rather than settle for this, I want to try the question from another angle.",
+    "<think> Looks plausible, but plausible is not enough and I still have searches left.",
+    "<think> Thinking it over, I doubt that this is the person or thing they meant.",
+    "<think> Some of what I wrote above may be wrong and needs checking.",
+    "<think> Not so fast, I skipped a step and it could matter.",
+    "<think> Still, I have a feeling that a key fact has slipped past me here.",
+)
+
+_TINY = (
+    "<think> maybe this is not the right one i should look again",
+    "<think> i am not sure yet let me check this",
+    "<think> that may be wrong i need to search once more",
+    "<think> something is missing here so i should search again",
+    "<think> wait this does not answer the question yet",
+    "<think> let me look at this once more before i answer",
+    "<think> no i still need more to be sure",
+    "<think> hmm i may have missed something let me search",
+    "<think> this could be wrong so let me check it",
+    "<think> one more search should make me sure",
+)
+
+_TINY_DEMO = (
+    "<think> i need to check this once more before i answer",
+    "<think> wait i may have missed one",
+    "<think> hmm that is not right let me look again",
+    "<think> maybe i should search once more to be sure",
+    "<think> this is not the answer yet so i need more",
+    "<think> not sure this could be the wrong one",
+    "<think> i still have to look for something more",
+    "<think> let me search again here something is missing",
+    "<think> so i am not sure yet let me look at it",
+    "<think> no this does not answer it",
+)
+
+CUE_POOLS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "default": _DEFAULT,
+        "small-5": _DEFAULT[::6],
+        "small-15": _DEFAULT[::2],
+        "tiny": _TINY,
+        "tiny_demo": _TINY_DEMO,
+    }
+)
+"""Cue pools: first-person doubts that open a thought and leave it open.
+
+`tiny` is for the embedded word-level model. `tiny_demo` shares its words but no sentence: it is what that
+model's demonstrations say, so that a cue of `tiny` is not simply remembered.
+"""
+
+
+def render_prompt(template: str, question: str) -> str:
+    """The user message for a question under a named template; "?" is added where the question lacks it.
+
+    Raises ConfigError for an unknown template, naming the nearest known one.
+    """
+    text = question.strip()
+    if not text.endswith("?"):
+        text += "?"
+    return _lookup(TEMPLATES, template, "agent.template").replace("{question}", text)
+
+
+def cue_pool(name: str) -> tuple[str, ...]:
+    """The cues of a named pool. Raises ConfigError for an unknown name, naming the nearest known one."""
+    return _lookup(CUE_POOLS, name, "method.cues")
+
+
+def pool_digest(cues: Sequence[str]) -> str:
+    """sha256 over the exact texts of a pool, in order: what a checkpoint stores to notice a change."""
+    return hashlib.sha256(json.dumps(list(cues)).encode()).hexdigest()
+
+
+def _lookup(table: Mapping[str, T], name: str, key: str) -> T:
+    if name in table:
+        return table[name]
+    nearest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)
+    raise ConfigError(f"{key} = '{name}': not known; did you mean '{nearest[0]}'? Known: {', '.join(table)}")

@@ -1,0 +1,74 @@
+"""What a finished rollout is worth (METHOD §1)."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+from rexrag.agent.protocol import well_formed
+from rexrag.config import AgentConfig
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = frozenset(string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower-case, drop ASCII punctuation, drop the articles a/an/the, squeeze white space.
+
+    Source: the SQuAD 1.1 evaluation (Rajpurkar et al., 2016), used unchanged by Search-R1 and FlashRAG.
+    """
+    lowered = "".join(c for c in text.lower() if c not in _PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", lowered).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 where prediction and any answer are equal after normalisation, else 0.0.
+
+    Source: SQuAD's exact match; what Search-R1 calls `em_check`.
+    """
+    normalised = normalize_answer(prediction)
+    return float(any(normalised == normalize_answer(answer) for answer in answers))
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """Best token F1 of the normalised prediction against any answer, in [0, 1].
+
+    SQuAD's bag-of-words F1, with HotpotQA's rule that yes, no and noanswer only match themselves.
+    """
+    normalised = normalize_answer(prediction)
+    return max((_token_f1(normalised, normalize_answer(answer)) for answer in answers), default=0.0)
+
+
+def sub_exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 where any normalised answer occurs inside the normalised prediction, as characters, else 0.0.
+
+    Source: Search-R1's `subem_check`; but an answer of nothing ("A") is found only in nothing.
+    """
+    normalised = normalize_answer(prediction)
+    golds = [normalize_answer(answer) for answer in answers]
+    return float(any(gold in normalised if gold else not normalised for gold in golds))
+
+
+def rollout_reward(answer: str | None, response: str, answers: Sequence[str], config: AgentConfig) -> float:
+    """Reward of a finished rollout, in [0, 1].
+
+    `config.reward` (EM or F1) of its answer, 0 where it never answered. Where that is 0,
+    `config.format_reward` if its response is well-formed.
+    """
+    score = 0.0 if answer is None else (exact_match if config.reward == "em" else f1)(answer, answers)
+    if score == 0.0 and config.format_reward > 0.0 and well_formed(response):
+        return config.format_reward
+    return score
+
+
+def _token_f1(prediction: str, answer: str) -> float:
+    if prediction != answer and {prediction, answer} & {"yes", "no", "noanswer"}:
+        return 0.0
+    said, gold = prediction.split(), answer.split()
+    common = sum((Counter(said) & Counter(gold)).values())
+    if not common:
+        return 0.0
+    precision, recall = common / len(said), common / len(gold)
+    return 2 * precision * recall / (precision + recall)
