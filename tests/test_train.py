@@ -87,7 +87,7 @@ def rows(file):
 
 def test_a_run_leaves_everything_a_report_needs(tmp_path, fake):
     folder = tmp_path / "run"
-    summary = train(config("train.eval_every=2"), folder)
+    summary = train(config("train.evals=2"), folder)
     assert [r["step"] for r in rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [r["step"] for r in rows(folder / "eval.jsonl")] == [0, 2, 4]
     assert rows(folder / "metrics.jsonl")[0]["grad_norm"] is None
@@ -101,7 +101,7 @@ def test_a_run_leaves_everything_a_report_needs(tmp_path, fake):
 
 
 def test_a_token_budget_stops_the_run(tmp_path, fake):
-    summary = train(config("train.steps=1000", "train.max_generated_tokens=300"), tmp_path / "run")
+    summary = train(config("train.steps=1000", "train.max_tokens=300"), tmp_path / "run")
     steps = rows(tmp_path / "run" / "metrics.jsonl")
     assert steps[-1]["generated_tokens"] >= 300 > steps[-2]["generated_tokens"]
     assert summary["generated_tokens"] == steps[-1]["generated_tokens"]
@@ -186,7 +186,7 @@ REAL = [
     "train.steps=4",
     "train.save_every=2",
     "train.control=''",
-    "train.max_generated_tokens=0",
+    "train.max_tokens=0",
     "train.threads=1",
     "method.rollouts=3",
     "method.probe_probability=1.0",

@@ -164,10 +164,15 @@ class TrainConfig(Model):
     steps: Count = 60
     questions: Count = 32
     """Questions a step."""
-    max_generated_tokens: Annotated[int, Field(ge=0)] = 0
-    """Stop when this many tokens were generated (probes and filtered probes count); 0 is no limit."""
-    eval_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between held-out evaluations; 0 evaluates before and after only."""
+    max_tokens: Annotated[int, Field(ge=0)] = 0
+    """Stop when this many tokens were spent: generated, filtered probes included, plus what probing makes the
+    model read (cues, evidence of probes, rows scored again). 0 is no limit."""
+    max_rollouts: Annotated[int, Field(ge=0)] = 0
+    """Stop when this many rollouts were drawn; a probe counts as one, kept or not."""
+    max_seconds: Annotated[float, Field(ge=0.0)] = 0.0
+    """Stop when steps have taken this long; evaluations and checkpoints do not count."""
+    evals: Annotated[int, Field(ge=0)] = 1
+    """Held-out evaluations spread evenly over the run, beside the one before it; the last is at the end."""
     save_every: Count = 20
     keep_checkpoints: Count = 2
     log_rollouts: Annotated[int, Field(ge=0)] = 32

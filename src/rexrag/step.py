@@ -45,6 +45,8 @@ class Collected:
     samples: list[Sample]
     generated_tokens: int
     prefilled_tokens: int
+    probing_tokens: int
+    """Read by the model for probing alone: cues, evidence of probes, spliced rows scored again."""
     seconds: dict[str, float]
 
 
@@ -74,6 +76,7 @@ def collect(
         episodes = [Episode(question, policy.codec, agent, config.retriever.topk) for question in asked]
         session.run(episodes, retriever, agent.temperature, seed)
         base = [episode.rollout() for episode in episodes]
+        base_prefilled = session.prefilled_tokens
         clock.lap("rollout")
 
         # §2.2–2.4 Dead ends, a coin and a cue for each, and the same policy goes on from the cut.
@@ -122,6 +125,7 @@ def collect(
         samples,
         generated,
         prefilled + scored,
+        prefilled - base_prefilled + scored,
         clock.seconds,
     )
 

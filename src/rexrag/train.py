@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -28,6 +28,9 @@ from rexrag.step import Collected, collect
 from rexrag.traces import trace_rows
 from rexrag.types import Question
 
+COUNTS = ("step", "generated_tokens", "prefilled_tokens", "spent_tokens", "rollouts")
+"""Cumulative counts that every row of `metrics.jsonl` and `eval.jsonl` carries."""
+
 
 class Observer(Protocol):
     """Told what happens; the command line draws a progress bar, tests and libraries pass nothing."""
@@ -36,7 +39,7 @@ class Observer(Protocol):
 
     def evaluated(self, figures: dict[str, Any]) -> None: ...
 
-    def stepped(self, row: dict[str, Any]) -> None: ...
+    def stepped(self, row: dict[str, Any], done: float) -> None: ...
 
 
 @dataclass(slots=True)
@@ -46,9 +49,22 @@ class Progress:
     step: int = 0
     generated_tokens: int = 0
     prefilled_tokens: int = 0
+    spent_tokens: int = 0
+    rollouts: int = 0
     seconds: float = 0.0
     probe_accuracy: float = 0.0
     digests: dict[str, str] = field(default_factory=dict)
+
+    def done(self, config: Config) -> float:
+        """Share of the budget that is spent, by whichever limit is nearest."""
+        train = config.train
+        limits = (
+            (self.step, train.steps),
+            (self.spent_tokens, train.max_tokens),
+            (self.rollouts, train.max_rollouts),
+            (self.seconds, train.max_seconds),
+        )
+        return max(spent / limit for spent, limit in limits if limit)
 
 
 def train(
@@ -80,12 +96,12 @@ def train(
         _evaluate(config, setup, folder, progress, observer)
     with _interrupts() as interrupted:
         while not _finished(config, progress):
+            before = progress.done(config)
             row = _step(config, setup, folder, progress)
             if observer:
-                observer.stepped(row)
-            every = config.train.eval_every
+                observer.stepped(row, progress.done(config))
             last = _finished(config, progress)
-            if last or (every and progress.step % every == 0):
+            if last or _evaluation_due(config, before, progress.done(config)):
                 _evaluate(config, setup, folder, progress, observer)
             if last or interrupted() or progress.step % config.train.save_every == 0:
                 _save(config, setup, folder, progress)
@@ -134,6 +150,8 @@ def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dic
     progress.step = number
     progress.generated_tokens += collected.generated_tokens
     progress.prefilled_tokens += collected.prefilled_tokens
+    progress.spent_tokens += collected.generated_tokens + collected.probing_tokens
+    progress.rollouts += len(collected.base) + len(collected.probes)
     progress.probe_accuracy = update_probe_accuracy(
         progress.probe_accuracy,
         int(figures["probes/kept_right"]),
@@ -155,17 +173,17 @@ def _log(config: Config, setup: Setup, folder: Path, row: dict[str, Any], collec
 
 
 def _position(progress: Progress) -> dict[str, Any]:
-    return {
-        "step": progress.step,
-        "generated_tokens": progress.generated_tokens,
-        "prefilled_tokens": progress.prefilled_tokens,
-        "seconds": round(progress.seconds, 3),
-    }
+    return {name: getattr(progress, name) for name in COUNTS} | {"seconds": round(progress.seconds, 3)}
 
 
 def _finished(config: Config, progress: Progress) -> bool:
-    limit = config.train.max_generated_tokens
-    return progress.step >= config.train.steps or bool(limit and progress.generated_tokens >= limit)
+    return progress.done(config) >= 1.0
+
+
+def _evaluation_due(config: Config, before: float, after: float) -> bool:
+    """Did this step cross one of the marks that divide the budget into `train.evals` parts?"""
+    marks = config.train.evals
+    return marks > 0 and math.floor(after * marks + 1e-9) > math.floor(before * marks + 1e-9)
 
 
 def _evaluate(
@@ -181,14 +199,7 @@ def _evaluate(
 
 
 def _save(config: Config, setup: Setup, folder: Path, progress: Progress) -> None:
-    state = {
-        "seed": config.seed,
-        "generated_tokens": progress.generated_tokens,
-        "prefilled_tokens": progress.prefilled_tokens,
-        "seconds": progress.seconds,
-        "probe_accuracy": progress.probe_accuracy,
-        "digests": progress.digests,
-    }
+    state = {**asdict(progress), "seed": config.seed}
 
     def write(into: Path) -> None:
         setup.learner.save(into)
@@ -207,8 +218,7 @@ def _restore(folder: Path, setup: Setup) -> Progress:
             )
     setup.learner.load(checkpoint)
     truncate_logs(folder, state["logs"])
-    fields = ("step", "generated_tokens", "prefilled_tokens", "seconds", "probe_accuracy", "digests")
-    return Progress(**{name: state[name] for name in fields})
+    return Progress(**{field.name: state[field.name] for field in fields(Progress)})
 
 
 def _summarise(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -221,9 +231,7 @@ def _summarise(config: Config, folder: Path, progress: Progress) -> dict[str, An
         "arm": config.arm,
         "seed": config.seed,
         "steps": progress.step,
-        "generated_tokens": progress.generated_tokens,
-        "prefilled_tokens": progress.prefilled_tokens,
-        "seconds": round(progress.seconds, 3),
+        **_position(progress),
     }
     if evaluations:
         first, last = evaluations[0], evaluations[-1]

@@ -27,12 +27,9 @@ class RunProgress:
         self.console, self.label = console, label
         self.live: Progress | None = None
         self.task: Any = None
-        self.total, self.by_tokens = 1, False
         self.last = time.monotonic()
 
     def started(self, config: Config, folder: Path) -> None:
-        limit = config.train.max_generated_tokens
-        self.by_tokens, self.total = bool(limit), limit or config.train.steps
         if not self.console.is_terminal:
             return
         self.live = Progress(
@@ -46,15 +43,15 @@ class RunProgress:
             console=self.console,
         )
         self.live.start()
-        self.task = self.live.add_task(self.label, total=self.total, note="evaluating the start")
+        self.task = self.live.add_task(self.label, total=1.0, note="evaluating the start")
 
     def evaluated(self, figures: dict[str, Any]) -> None:
         em = figures["em"]
         where = f"after step {figures['step']}" if figures["step"] else "before training"
         self.console.print(f"{self.label}: held-out EM {format_interval(em)} {where}, n = {em['n']}")
 
-    def stepped(self, row: dict[str, Any]) -> None:
-        done = min(self.total, row["generated_tokens"] if self.by_tokens else row["step"])
+    def stepped(self, row: dict[str, Any], done: float) -> None:
+        done = min(1.0, done)
         speed = row["generated_tokens"] / max(1e-9, row["seconds"])
         note = (
             f"step {row['step']}  EM {row['em/train']:.2f}  dead ends {row['dead_ends/rate']:.2f}  "
@@ -62,12 +59,12 @@ class RunProgress:
         )
         if self.live is not None:
             self.live.update(self.task, completed=done, note=note)
-            if done >= self.total:
+            if done >= 1.0:
                 self.stop()
         elif time.monotonic() - self.last > QUIET_SECONDS:
             self.last = time.monotonic()
-            eta = row["seconds"] * (self.total - done) / max(1, done)
-            self.console.print(f"{self.label}: {100 * done // self.total}%  {note}  eta {eta:.0f} s")
+            eta = row["seconds"] * (1.0 - done) / done
+            self.console.print(f"{self.label}: {100 * done:.0f}%  {note}  eta {eta:.0f} s")
 
     def stop(self) -> None:
         if self.live is not None:
@@ -106,7 +103,7 @@ def summary_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
                 format_interval(summary["em_before"]) if has_eval else "–",
                 format_interval(summary["em_after"]) if has_eval else "–",
                 format_points(summary["rise"]) if has_eval else "–",
-                f"{summary['generated_tokens']:,}",
+                f"{summary['spent_tokens']:,}",
                 summary["steps"],
                 f"{summary['seconds']:.0f}",
             )

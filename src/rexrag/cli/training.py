@@ -63,7 +63,7 @@ def train(
         if (where / "summary.json").exists() and resume:
             summaries.append((label, json.loads((where / "summary.json").read_text(encoding="utf-8"))))
             continue
-        budget = summaries[0][1]["generated_tokens"] if summaries else 0
+        budget = summaries[0][1]["spent_tokens"] if summaries else 0
         part = part if not budget else _at_budget(part, budget)
         progress = RunProgress(console, label)
         try:
@@ -109,6 +109,6 @@ def _parts(settings: Config, folder: Path) -> list[tuple[str, Config, Path]]:
 
 
 def _at_budget(config: Config, tokens: int) -> Config:
-    """The same configuration, stopped by generated tokens instead of steps."""
-    train = config.train.model_copy(update={"max_generated_tokens": tokens, "steps": 10**9})
+    """The same configuration, stopped by spent tokens instead of steps."""
+    train = config.train.model_copy(update={"max_tokens": tokens, "steps": 10**9})
     return config.model_copy(update={"train": train})
