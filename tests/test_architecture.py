@@ -23,13 +23,17 @@ ALLOWED = {
     "diagnostics": BASE | {"step"},
     "traces": BASE | DATA | {"step"},
     "runs": BASE,
+    "intervals": BASE,
+    "experiment": BASE | {"presets", "intervals"},
     "presets": BASE,
     "doctor": BASE | {"engine"},
-    "evaluate": BASE | DATA | {"engine.base"},
+    "evaluate": BASE | DATA | {"engine.base", "intervals"},
     "setup": BASE | DATA | {"engine"},
     "ask": BASE | DATA | {"engine", "setup"},
     "warmup": BASE | DATA | {"engine", "setup"},
-    "train": BASE | DATA | {"engine", "step", "diagnostics", "traces", "runs", "evaluate", "setup"},
+    "train": BASE
+    | DATA
+    | {"engine", "step", "diagnostics", "traces", "runs", "evaluate", "intervals", "setup"},
 }
 
 

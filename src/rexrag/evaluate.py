@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,9 @@ from rexrag.agent.episode import Episode
 from rexrag.agent.reward import f1
 from rexrag.config import Config
 from rexrag.engine.base import Policy
+from rexrag.intervals import interval
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Origin, Question, Rollout
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +65,6 @@ def figures(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "tokens": _mean([r.count(Origin.POLICY) for r in rollouts]),
         "em_by_question": em,
     }
-
-
-def interval(
-    values: Sequence[float], statistic: Callable[..., Any] = np.mean, seed: int = 0
-) -> dict[str, float]:
-    """{value, low, high, n}: a statistic with its 95 % percentile bootstrap interval over questions."""
-    data = np.asarray(values, dtype=np.float64)
-    if not len(data):
-        return {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0}
-    rng = np.random.default_rng(seed)
-    drawn = data[rng.integers(len(data), size=(RESAMPLES, len(data)))]
-    low, high = np.percentile(statistic(drawn, axis=1), [2.5, 97.5])
-    return {"value": float(statistic(data)), "low": float(low), "high": float(high), "n": len(data)}
 
 
 def _mean(values: Sequence[float | int | bool]) -> float:

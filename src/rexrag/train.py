@@ -19,7 +19,8 @@ import torch
 from rexrag.config import Config
 from rexrag.diagnostics import describe
 from rexrag.errors import CheckpointError, DataError
-from rexrag.evaluate import evaluate, interval
+from rexrag.evaluate import evaluate
+from rexrag.intervals import interval
 from rexrag.io import write_json
 from rexrag.method.filtering import adaptive_keep_ratio, update_probe_accuracy
 from rexrag.runs import append, environment, last_checkpoint, open_run, save_checkpoint, truncate_logs

@@ -112,5 +112,24 @@ def summary_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     return table("Held-out exact match with 95 % bootstrap intervals", columns, rows)
 
 
+def comparison_table(result: dict[str, Any]) -> Table:
+    """Arms with their paired difference to the control; a star where its interval excludes 0."""
+    rows = []
+    for arm, figures in result["arms"].items():
+        cells = [arm, format_interval(figures["em"])]
+        for name in ("em_difference", "area_difference"):
+            if name not in figures:
+                cells.append("–")
+                continue
+            gap = figures[name]
+            star = " *" if gap["low"] > 0 or gap["high"] < 0 else ""
+            cells.append(f"{format_points(gap)} p {gap['p']:.3f}{star}")
+        rows.append([*cells, f"{figures['steps']:.0f}", f"{figures['seconds']:.0f}"])
+    n = len(result["seeds"])
+    budget = f"{result['amount']:g} {result['budget']}"
+    title = f"Held-out EM at {budget}, {n} seeds; differences to {result['control']}"
+    return table(title, ("arm", "EM", "difference", "of area under the curve", "steps", "s"), rows)
+
+
 def stdout() -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())

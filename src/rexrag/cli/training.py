@@ -23,6 +23,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 def register(app: typer.Typer) -> None:
     app.command()(train)
+    app.command()(compare)
     app.command()(report)
 
 
@@ -81,6 +82,53 @@ def train(
         return
     console.print(summary_table(summaries))
     console.print(f"run folder {folder}\npage       {page}")
+
+
+def compare(
+    config: ConfigArgument = None,
+    arms: Annotated[str, typer.Option(help="Arms, the control first.")] = "grpo,rex-rag,rex-rag-internalize",
+    seeds: Annotated[int, typer.Option(help="How many seeds, counted from --first-seed.")] = 5,
+    first_seed: Annotated[int, typer.Option(help="The first seed.")] = 1,
+    budget: Annotated[
+        str, typer.Option(help="rollouts, tokens or time: what every arm spends alike.")
+    ] = "tokens",
+    amount: Annotated[float, typer.Option(help="Rollouts, tokens or seconds of each run.")] = 60000,
+    evals: Annotated[int, typer.Option(help="Points of each curve after the start.", min=1)] = 4,
+    jobs: Annotated[int, typer.Option(help="Runs at once; 0: one a core.", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="Folder; a killed comparison goes on in it.")] = Path(
+        "runs/compare"
+    ),
+    override: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Arms × seeds at a matched budget, in pairs, with intervals.
+
+    \b
+    Examples:
+      rexrag compare --arms grpo,rex-rag-internalize --seeds 5 --budget tokens --amount 60000
+      rexrag compare my.toml --arms grpo,my-arm.toml --budget time --amount 600
+    """
+    from rexrag import experiment
+    from rexrag.cli.show import comparison_table, stdout
+    from rexrag.errors import ConfigError
+    from rexrag.report import write_report
+
+    if budget not in experiment.LIMITS:
+        raise ConfigError(f"--budget {budget}: expected {', '.join(experiment.LIMITS)}")
+    chosen: experiment.Budget = next(known for known in experiment.LIMITS if known == budget)
+    names = [name.strip() for name in arms.split(",") if name.strip()]
+    wanted = range(first_seed, first_seed + seeds)
+    work = experiment.plan(config, names, list(wanted), chosen, amount, override or [], evals)
+    console = stdout()
+    console.quiet = as_json
+    console.print(f"{len(names)} arms × {seeds} seeds, {amount:g} {budget} each, control {names[0]}: {out}")
+    result = experiment.run(work, out, jobs, console.print)
+    page = write_report(list(experiment.run_folders(work, out)), out / "report.html")
+    if as_json:
+        print(json.dumps(result))
+        return
+    console.print(comparison_table(result))
+    console.print(f"figures {out / 'compare.json'}\npage    {page}")
 
 
 def report(

@@ -1,0 +1,218 @@
+"""Arms × seeds at a matched budget: does an arm beat its control, and is the difference more than chance?
+
+Every run is a run folder of its own, `OUT/<arm>/seed-<n>`, made by one process with one thread, so a killed
+comparison goes on where it stood. The same seed means the same world, questions and sampling seed in every
+arm, so arms are compared in pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rexrag import presets
+from rexrag.config import Config, dump_toml
+from rexrag.errors import ConfigError, RunFolderError
+from rexrag.intervals import area, interval, paired_p
+from rexrag.io import write_json, write_text
+
+Budget = Literal["rollouts", "tokens", "time"]
+LIMITS: dict[Budget, str] = {"rollouts": "max_rollouts", "tokens": "max_tokens", "time": "max_seconds"}
+SPENT: dict[Budget, str] = {"rollouts": "rollouts", "tokens": "spent_tokens", "time": "seconds"}
+ENDLESS = 10**9
+"""Steps of a run that only its budget ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to compare: one configuration for each (arm, seed), all with the same budget."""
+
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    budget: Budget
+    amount: float
+    configs: dict[tuple[str, int], Config]
+
+
+def plan(
+    config: str | None,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    budget: Budget,
+    amount: float,
+    overrides: Sequence[str] = (),
+    evals: int = 5,
+) -> Plan:
+    """Resolve every run before any starts. Raises ConfigError with one line.
+
+    In the embedded world the seed also picks the world. Arms may change the method and the learner, not the
+    data: the same evaluation questions for all.
+    """
+    if not seeds:
+        raise ConfigError("--seeds 0: expected at least one seed")
+    if amount <= 0:
+        raise ConfigError(f"--amount {amount:g}: expected a budget above 0")
+    if len(set(arms)) < len(arms) or not arms:
+        raise ConfigError(f"--arms {','.join(arms)}: expected different names, at least one")
+    configs = {}
+    for arm, seed in product(arms, seeds):
+        spent = [f"train.{LIMITS[budget]}={int(amount) if budget != 'time' else amount}"]
+        fixed = [*spent, f"train.steps={ENDLESS}", f"train.evals={evals}", "train.control=''", f"seed={seed}"]
+        resolved = presets.resolve(config, arm, [*overrides, *fixed, "train.threads=1"])
+        if not resolved.data.train:
+            data = resolved.data.model_copy(update={"world_seed": resolved.data.world_seed + seed})
+            resolved = resolved.model_copy(update={"data": data})
+        configs[arm, seed] = resolved
+    for seed in seeds:
+        different = {arm for arm in arms if configs[arm, seed].data != configs[arms[0], seed].data}
+        if different:
+            raise ConfigError(f"arm '{min(different)}' changes [data]: arms must share their evaluation data")
+    return Plan(tuple(arms), tuple(seeds), budget, amount, configs)
+
+
+def run(
+    work: Plan, out: Path, jobs: int = 0, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Run what is missing, `jobs` at once (0: one a core), then compare. Returns what `compare.json` holds.
+
+    Raises RunFolderError where a run failed, naming its log, or where `out` holds another comparison.
+    """
+    _claim(work, out)
+    missing = [key for key in product(work.arms, work.seeds) if not _summary(out, *key)]
+    # Seeds first: an interrupted comparison then has whole pairs.
+    missing.sort(key=lambda key: (key[1], work.arms.index(key[0])))
+    total, start = len(missing), time.monotonic()
+    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+        waiting: dict[Future[None], tuple[str, int]] = {}
+        for key in missing:
+            waiting[pool.submit(_run_one, work.configs[key], _folder(out, *key))] = key
+        finished = 0
+        while waiting:
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                arm, seed = waiting.pop(future)
+                if future.exception() is not None:
+                    pool.shutdown(cancel_futures=True)
+                    raise future.exception() or RunFolderError("a run failed")
+                finished += 1
+                left = (time.monotonic() - start) / finished * (total - finished)
+                em = _summary(out, arm, seed)["em_after"]["value"]
+                say(f"{finished}/{total}  {arm} seed {seed}: EM {em:.3f}  eta {left:.0f} s")
+    result = compare(work, out)
+    write_json(out / "compare.json", result)
+    return result
+
+
+def compare(work: Plan, out: Path) -> dict[str, Any]:
+    """Figures of every arm over seeds, and its paired difference to the first arm."""
+    arms: dict[str, Any] = {}
+    for arm in work.arms:
+        runs = [_figures(_folder(out, arm, seed), work) for seed in work.seeds]
+        arms[arm] = {name: [run[name] for run in runs] for name in runs[0]}
+    control = arms[work.arms[0]]
+    rows = {}
+    for arm, runs in arms.items():
+        rows[arm] = {
+            "em": interval(runs["em"]),
+            "area": interval(runs["area"]),
+            "by_hops": {h: interval([run[h] for run in runs["by_hops"]]) for h in runs["by_hops"][0]},
+            "steps": float(np.mean(runs["steps"])),
+            "seconds": float(np.mean(runs["seconds"])),
+            "runs": runs,
+        }
+        if arm != work.arms[0]:
+            for name in ("em", "area"):
+                pairs = [a - b for a, b in zip(runs[name], control[name], strict=True)]
+                rows[arm][f"{name}_difference"] = interval(pairs) | {"p": paired_p(pairs)}
+    return {
+        "control": work.arms[0],
+        "seeds": list(work.seeds),
+        "budget": work.budget,
+        "amount": work.amount,
+        "arms": rows,
+    }
+
+
+def _figures(folder: Path, work: Plan) -> dict[str, Any]:
+    rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    spent = [row[SPENT[work.budget]] for row in rows]
+    return {
+        "em_before": rows[0]["em"]["value"],
+        "em": rows[-1]["em"]["value"],
+        "area": area(spent, [row["em"]["value"] for row in rows], work.amount),
+        "by_hops": {hops: value["value"] for hops, value in rows[-1]["by_hops"].items()},
+        "spent": spent[-1],
+        "steps": summary["steps"],
+        "seconds": summary["seconds"],
+    }
+
+
+def _run_one(config: Config, folder: Path) -> None:
+    """One run in a process of its own; a checkpoint that is there is resumed."""
+    resume = (folder / "checkpoints").is_dir()
+    settings = folder.with_suffix(".toml")
+    write_text(settings, dump_toml(config))
+    if not resume and folder.exists():
+        for file in folder.iterdir():
+            file.unlink() if file.is_file() else None
+    command = [sys.executable, "-m", "rexrag", "train", "--out", str(folder), "--json"]
+    command += ["--resume"] if resume else [str(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with folder.with_suffix(".log").open("ab") as log:
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+    if code:
+        raise RunFolderError(
+            f"{folder}: the run failed with exit code {code}; see {folder.with_suffix('.log')}"
+        )
+
+
+def _claim(work: Plan, out: Path) -> None:
+    """Write down what is compared; refuse a folder that holds another comparison."""
+    wanted: dict[str, Any] = {
+        "arms": list(work.arms),
+        "seeds": list(work.seeds),
+        "budget": work.budget,
+        "amount": work.amount,
+        "configs": {f"{arm}/{seed}": c.model_dump(mode="json") for (arm, seed), c in work.configs.items()},
+    }
+    file = out / "plan.json"
+    if file.exists():
+        known = json.loads(file.read_text(encoding="utf-8"))
+        shared = known["configs"].keys() & wanted["configs"].keys()
+        if any(known["configs"][key] != wanted["configs"][key] for key in shared):
+            raise RunFolderError(f"{out} holds a comparison with other settings; choose another --out")
+        wanted["configs"] = {**known["configs"], **wanted["configs"]}
+    try:
+        for arm in work.arms:
+            (out / arm).mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
+    except OSError as error:
+        raise RunFolderError(f"{out}: cannot be written: {error.strerror or error}") from None
+
+
+def _folder(out: Path, arm: str, seed: int) -> Path:
+    return out / arm / f"seed-{seed}"
+
+
+def _summary(out: Path, arm: str, seed: int) -> dict[str, Any]:
+    file = _folder(out, arm, seed) / "summary.json"
+    if not file.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def run_folders(work: Plan, out: Path) -> Iterable[Path]:
+    return (_folder(out, arm, seed) for arm, seed in product(work.arms, work.seeds))
