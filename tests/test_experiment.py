@@ -1,0 +1,136 @@
+"""Comparisons: plans that are refused, pairs, resuming, and statistics with known answers."""
+
+import json
+import math
+
+import pytest
+
+from rexrag import experiment
+from rexrag.errors import ConfigError, RunFolderError
+from rexrag.intervals import area, interval, paired_p
+
+ARMS = ["grpo", "rex-rag", "rex-rag-internalize"]
+
+
+def make(arms=ARMS, seeds=(1, 2, 3, 4), budget="tokens", amount=1000, overrides=()):
+    return experiment.plan(None, arms, list(seeds), budget, amount, list(overrides))
+
+
+def pretend(em_of):
+    """A `_run_one` that writes the run folder a real run would, EM by (arm, seed)."""
+    calls = []
+
+    def run_one(config, folder):
+        calls.append((config.arm, config.seed))
+        folder.mkdir(parents=True, exist_ok=True)
+        em = em_of(config.arm, config.seed)
+        lines = []
+        for spent, value in ((0, 0.4), (500, (0.4 + em) / 2), (1040, em)):
+            row = {"step": spent, "spent_tokens": spent, "rollouts": spent, "seconds": spent}
+            row |= {"em": interval([value] * 3), "by_hops": {"1": interval([value] * 3)}}
+            lines.append(json.dumps(row))
+        (folder / "eval.jsonl").write_text("\n".join(lines))
+        (folder / "summary.json").write_text(
+            json.dumps({"steps": 9, "seconds": 1.0, "em_after": {"value": em}})
+        )
+
+    return run_one, calls
+
+
+def test_every_run_has_the_same_budget_and_a_seed_is_one_world_in_every_arm():
+    work = make(budget="time", amount=2.5)
+    assert len(work.configs) == 12
+    for (arm, seed), config in work.configs.items():
+        assert (config.arm, config.seed, config.train.max_seconds, config.train.threads) == (
+            arm,
+            seed,
+            2.5,
+            1,
+        )
+        assert config.train.control == "" and config.data == work.configs["grpo", seed].data
+    assert work.configs["grpo", 1].data.world_seed != work.configs["grpo", 2].data.world_seed
+
+
+def test_arms_are_compared_in_pairs(tmp_path, monkeypatch):
+    gain = {"grpo": 0.0, "rex-rag": -0.1, "rex-rag-internalize": 0.08}
+    run_one, _ = pretend(lambda arm, seed: 0.5 + 0.05 * seed + gain[arm] + 0.001 * (seed % 2))
+    monkeypatch.setattr(experiment, "_run_one", run_one)
+    result = experiment.run(make(), tmp_path)
+    better, worse = result["arms"]["rex-rag-internalize"], result["arms"]["rex-rag"]
+    assert better["em_difference"]["value"] == pytest.approx(0.08)
+    assert better["em_difference"]["low"] > 0 > worse["em_difference"]["high"]
+    assert better["em_difference"]["p"] == pytest.approx(2 / 16)  # four pairs: 2 of 2⁴ signs are as extreme
+    assert "em_difference" not in result["arms"]["grpo"]
+    assert result["arms"]["grpo"]["em"]["value"] == pytest.approx(0.5 + 0.05 * 2.5 + 0.0005)
+    assert json.loads((tmp_path / "compare.json").read_text()) == json.loads(json.dumps(result))
+
+
+def test_a_killed_comparison_goes_on_where_it_stood(tmp_path, monkeypatch):
+    run_one, calls = pretend(lambda arm, seed: 0.5)
+
+    def dies(config, folder):
+        if (config.arm, config.seed) == ("rex-rag", 2):
+            raise RunFolderError("killed")
+        run_one(config, folder)
+
+    monkeypatch.setattr(experiment, "_run_one", dies)
+    with pytest.raises(RunFolderError, match="killed"):
+        experiment.run(make(), tmp_path, jobs=1)
+    before = list(calls)
+    assert before[:3] == [(arm, 1) for arm in ARMS]
+    monkeypatch.setattr(experiment, "_run_one", run_one)
+    experiment.run(make(), tmp_path, jobs=1)
+    assert sorted(calls) == sorted((a, s) for a in ARMS for s in (1, 2, 3, 4))
+
+
+def test_arms_and_seeds_can_be_added_but_settings_cannot_change(tmp_path, monkeypatch):
+    run_one, calls = pretend(lambda arm, seed: 0.5)
+    monkeypatch.setattr(experiment, "_run_one", run_one)
+    experiment.run(make(ARMS[:2], seeds=(1, 2)), tmp_path)
+    experiment.run(make(ARMS, seeds=(1, 2, 3)), tmp_path)
+    assert len(calls) == 9
+    with pytest.raises(RunFolderError, match="other settings"):
+        experiment.run(make(ARMS, seeds=(1,), overrides=["learner.lr=0.5"]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"arms": ["grpo", "rex-rga"]}, "arm 'rex-rga': there is no such arm; did you mean 'rex-rag'"),
+        ({"seeds": ()}, "at least one seed"),
+        ({"amount": 0}, "expected a budget above 0"),
+        ({"arms": ["grpo", "grpo"]}, "different names"),
+    ],
+)
+def test_bad_input_is_one_line(change, says):
+    with pytest.raises(ConfigError, match=says):
+        make(**change)
+
+
+def test_an_arm_that_changes_the_data_is_refused(tmp_path):
+    (tmp_path / "cheat.toml").write_text("[data]\ndev_limit = 5\n")
+    with pytest.raises(ConfigError, match="changes \\[data\\]"):
+        make(["grpo", str(tmp_path / "cheat.toml")])
+
+
+def test_interval_of_a_known_distribution():
+    got = interval([0.0, 1.0] * 200)
+    assert got["value"] == 0.5 and got["n"] == 400
+    assert got["low"] == pytest.approx(0.5 - 1.96 * 0.025, abs=0.006)
+    assert got["high"] == pytest.approx(0.5 + 1.96 * 0.025, abs=0.006)
+    assert interval([0.3, 0.3, 0.3]) == {"value": pytest.approx(0.3), "low": pytest.approx(0.3),
+                                         "high": pytest.approx(0.3), "n": 3}  # fmt: skip
+    assert interval([])["n"] == 0
+
+
+def test_paired_p_is_fisher_s_exact_one():
+    assert paired_p([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)
+    assert paired_p([1.0, -1.0]) == 1.0
+    assert paired_p([0.0, 0.0, 0.0]) == 1.0 and paired_p([0.4]) == 1.0
+
+
+def test_area_is_the_mean_height_up_to_the_budget():
+    assert area([0, 50, 100], [0.2, 0.2, 0.2], 100) == pytest.approx(0.2)
+    assert area([0, 100], [0.0, 1.0], 100) == pytest.approx(0.5)
+    assert area([0, 200], [0.0, 1.0], 100) == pytest.approx(0.25)
+    assert not math.isnan(area([0], [0.4], 10))
