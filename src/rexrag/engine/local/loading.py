@@ -1,0 +1,195 @@
+"""From configuration to a policy and a learner. Safetensors only, and no code from model folders."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from rexrag.agent.codec import load_codec
+from rexrag.config import Config, PolicyConfig
+from rexrag.engine.local.attention import use_packed_attention
+from rexrag.engine.local.learner import LocalLearner
+from rexrag.engine.local.policy import LocalPolicy
+from rexrag.engine.local.state import full_weights, write_tensors
+from rexrag.errors import ConfigError, ModelError
+
+EMBEDDED = {"embedded": "hard", "embedded-easy": "easy"}
+"""Starts shipped in the package: name in the configuration -> folder in `rexrag/data/starts`."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_policy(config: PolicyConfig) -> LocalPolicy:
+    """A policy for rollouts and scores alone, in the configured precision. Raises ModelError, ConfigError."""
+    model, folder = load_model(config)
+    return LocalPolicy(model, load_codec(folder))
+
+
+def load_engine(config: Config) -> tuple[LocalPolicy, LocalLearner]:
+    """A policy and the learner that trains it. Raises ModelError, ConfigError.
+
+    They share one model; only where the sampler runs in bfloat16 it has a copy of the float32 master weights,
+    refreshed after every step.
+    """
+    policy = config.policy
+    model, folder = load_model(policy, dtype=torch.float32)
+    codec = load_codec(folder)
+    choose_trained(model, policy, config.seed)
+    dtype = DTYPES[policy.dtype]
+    mirror = None if dtype == torch.float32 else copy.deepcopy(model).to(dtype).requires_grad_(False)
+    learner = LocalLearner(
+        model,
+        config.learner,
+        seed=config.seed,
+        autocast=policy.autocast,
+        reference=config.method.kl > 0,
+        mirror=mirror,
+    )
+    return LocalPolicy(model if mirror is None else mirror, codec), learner
+
+
+def load_model(config: PolicyConfig, dtype: torch.dtype | None = None) -> tuple[Any, str]:
+    """(a transformers causal language model with packed attention, its folder or id), on its device.
+
+    `dtype` None takes the configured one. Raises ModelError with one line for a missing folder, weights that
+    are pickled, damaged or incomplete, and architectures that the local engine cannot run; ConfigError for a
+    device.
+    """
+    source = resolve(config.path)
+    device = choose_device(config.device)
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype or DTYPES[config.dtype],
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{source}: no usable causal language model: {reason[:300]}") from None
+    if report["missing_keys"]:
+        raise ModelError(f"{source}: the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+    model.to(device).eval()
+    use_packed_attention(model)
+    return model, source
+
+
+def resolve(path: str) -> str:
+    """A folder checked for weights, an embedded start, or a Hugging Face id as it is. Raises ModelError."""
+    if path in EMBEDDED:
+        folder = Path(str(files("rexrag.data"))) / "starts" / EMBEDDED[path]
+        if not folder.is_dir():
+            raise ModelError(f"policy.path = '{path}': this installation has no {folder}")
+    else:
+        folder = Path(path).expanduser()
+        if not path or not folder.exists():
+            # "name" and "owner/name" can be ids; anything else was meant as a folder.
+            if path and path.count("/") <= 1 and not path.startswith((".", "/", "~")):
+                return path
+            raise ModelError(f"policy.path = '{path}': no such model folder")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json; expected a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+        raise ModelError(
+            f"{folder}: {f'its weights are pickled ({pickled[0]})' if pickled else 'no weights'}; "
+            "expected *.safetensors"
+        )
+    return str(folder)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ConfigError for a device that torch cannot use here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"policy.device = '{name}': not usable on this machine: {reason}") from None
+
+
+def choose_trained(model: Any, config: PolicyConfig, seed: int) -> None:
+    """Let the configured weights require a gradient, and no others. Raises ConfigError."""
+    rank, last = config.lora_rank, config.train_last_layers
+    if rank and last:
+        raise ConfigError("policy.lora_rank and policy.train_last_layers: choose one")
+    if rank:
+        _add_lora(model, rank, seed)
+        return
+    model.requires_grad_(not last)
+    if not last:
+        return
+    body = model.base_model
+    count = model.config.get_text_config().num_hidden_layers
+    layers = next((m for m in body.children() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+    if layers is None:
+        raise ConfigError(f"policy.train_last_layers: {type(model).__name__} has no list of decoder layers")
+    if last > count:
+        raise ConfigError(f"policy.train_last_layers = {last}: the model has {count} layers")
+    # The final norm is the part beside the layers that holds vectors only.
+    norms = [m for m in body.children() if [p.dim() for p in m.parameters()] in ([1], [1, 1])]
+    for module in (*layers[-last:], *norms):
+        module.requires_grad_(True)
+
+
+def _add_lora(model: Any, rank: int, seed: int) -> None:
+    from peft import LoraConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", bias="none"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def export_model(model: Any, codec: Any, folder: Path) -> None:
+    """Write a model folder that `policy.path` can name: tokenizer and weights, with a LoRA merged in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "model.safetensors", merged_weights(model))
+    model.config.save_pretrained(str(folder))
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(str(folder))
+    codec.tokenizer.save_pretrained(str(folder))
+
+
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All weights under the names of the plain architecture, with W + B·A where a LoRA stands beside W."""
+    modules = dict(model.named_modules())
+    merged = {}
+    for name, tensor in full_weights(model).items():
+        if "lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        if plain != name and name.endswith(".weight"):
+            layer: Any = modules[name.removesuffix(".base_layer.weight")]
+            tensor = tensor + layer.get_delta_weight("default").to(tensor)
+        merged[plain] = tensor
+    return merged
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars or loading tables: what matters of them becomes a ModelError."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

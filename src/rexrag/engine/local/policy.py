@@ -1,0 +1,49 @@
+"""The local policy: a Hugging Face causal language model that rolls out episodes and scores rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rexrag.agent.episode import Codec
+from rexrag.engine.local.cache import CacheShape
+from rexrag.engine.local.packing import TokenRow, pack_rows
+from rexrag.engine.local.sampler import SAVED_BYTES, LocalSession
+
+SCORE_TOKENS = 8192
+"""Tokens in one forward of `score`."""
+
+
+class LocalPolicy:
+    """See `engine.base.Policy`. `model` has packed attention (`loading.load_model` sees to it).
+
+    A policy built around the learner's own model sees every update at once.
+    """
+
+    def __init__(self, model: nn.Module, codec: Codec, saved_bytes: int = SAVED_BYTES) -> None:
+        self.model = model.eval()
+        self._codec = codec
+        self._shape = CacheShape.of(model)
+        self._saved_bytes = saved_bytes
+
+    @property
+    def codec(self) -> Codec:
+        return self._codec
+
+    def session(self) -> LocalSession:
+        return LocalSession(self.model, self._shape, self._saved_bytes)
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[TokenRow], temperature: float) -> list[Tensor]:
+        """See `engine.base.Policy.score`. Packed, without padding; temperature 0 scores at 1."""
+        scores = [torch.zeros(0)] * len(rows)
+        for pack in pack_rows(rows, range(len(rows)), SCORE_TOKENS):
+            logps = pack.logps(self.model, temperature).cpu()
+            start = 0
+            for index in pack.rows:
+                stop = start + len(rows[index][1])
+                scores[index] = logps[start:stop].clone()
+                start = stop
+        return scores

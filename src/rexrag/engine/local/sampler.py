@@ -1,0 +1,303 @@
+"""Rollouts of many episodes at once: every step is one forward over whatever each live row has to append.
+
+A row that samples appends one token, a row with evidence or a cue appends a block, a new row appends its
+prompt; all are packed into one forward without padding (`attention.py`), on caches that outlive turns and
+rollouts (`cache.py`). Rows that search wait a little for company, so that the retriever is asked in batches.
+A row's random numbers are a function of the seed, its place and its position: neighbours change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rexrag.agent.episode import Episode, State
+from rexrag.engine.local.attention import hidden_states, token_logps
+from rexrag.engine.local.cache import Bank, Cache, CachedPlan, CacheShape, Decode, Row
+from rexrag.engine.local.draw import draw, streams, uniforms
+from rexrag.errors import DataError, ModelError
+from rexrag.retrieval.base import Retriever
+from rexrag.types import Origin
+
+MAX_ROWS = 512
+"""Rows decoded at once; the rest wait for a place."""
+PREFILL_TOKENS = 8192
+"""Prompt, evidence and cue tokens in one forward (a single longer row still goes in one piece)."""
+SEARCH_SHARE = 4
+"""The retriever is asked once a quarter of the live rows wait for it,"""
+SEARCH_PATIENCE = 16
+"""or once one of them has waited for this many steps."""
+SAVED_BYTES = 4 << 30
+"""Caches of finished rows, kept for probes; past it the oldest go, and their probes are prefilled anew."""
+
+
+@dataclass(eq=False, slots=True)
+class LiveRow(Row):
+    """An episode with its cache, and the tokens that it has to append next."""
+
+    episode: Episode = field(kw_only=True)
+    stream: int = field(kw_only=True)
+    """Key of its random numbers."""
+    pending: list[int] = field(default_factory=list)
+    sampled: bool = False
+    """`pending` begins with a token that was sampled."""
+    cue: int = 0
+    """The last `cue` pending tokens are a cue whose log-probs the episode waits for."""
+    waiting: bool = False
+    """It waits for documents."""
+    twins: list[LiveRow] = field(default_factory=list)
+    """Fresh rows with the same prompt, which start where this one's prompt ends."""
+
+    @property
+    def fresh(self) -> bool:
+        return self.episode.state is State.SAMPLE and not self.episode.tokens
+
+    @property
+    def cached(self) -> bool:
+        return self.length > 0 and (self.bank is not None or self.saved is not None)
+
+
+class LocalSession:
+    """A step's rollouts with their caches. See `engine.base.Session`."""
+
+    def __init__(self, model: nn.Module, shape: CacheShape, saved_bytes: int = SAVED_BYTES) -> None:
+        """`model`: a Hugging Face causal language model with packed attention."""
+        self.generated_tokens = 0
+        self.prefilled_tokens = 0
+        self._model, self._shape = model, shape
+        self._head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self._cache: Cache[LiveRow] = Cache(shape)
+        self._known: dict[int, LiveRow] = {}  # by id of the episode, which the row keeps alive
+        self._prompts: dict[tuple[int, ...], LiveRow] = {}
+        self._saved: deque[LiveRow] = deque()
+        self._saved_bytes, self._saved_limit = 0, saved_bytes
+        self._waiting: list[LiveRow] = []
+        self._waited = 0
+
+    def close(self) -> None:
+        """Free every cache."""
+        self._cache.banks.clear()
+        self._known.clear()
+        self._prompts.clear()
+        self._saved.clear()
+        self._waiting.clear()
+        self._saved_bytes = 0
+
+    @torch.inference_mode()
+    def run(self, episodes: Sequence[Episode], retriever: Retriever, temperature: float, seed: int) -> None:
+        """See `engine.base.Session.run`.
+
+        Raises DataError for a prompt without tokens; RetrievalError or ModelError (logits that are not
+        finite), which close the session.
+        """
+        if not all(episode.prompt for episode in episodes):
+            raise DataError("an episode's prompt has no tokens")
+        cuts = [0 if e.cut is None else 1 + e.cut for e in episodes]
+        rows = [LiveRow(episode=e, stream=s) for e, s in zip(episodes, streams(seed, cuts), strict=True)]
+        queue = deque(row for row in rows if row.episode.state is not State.DONE)
+        try:
+            while queue or self._cache.banks:
+                self._admit(queue)
+                self._ask(retriever)
+                rows, plan = self._plan()
+                if rows:
+                    self._sample(*self._append(rows, plan, temperature), temperature)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- where rows come from and go to --------------------------------------------------------------------
+
+    def _admit(self, queue: deque[LiveRow]) -> None:
+        """Start queued rows: from a parent's cache, from a row with the same prompt, or from nothing."""
+        later: list[LiveRow] = []
+        expected = min(len(queue), MAX_ROWS)
+        for _ in range(min(len(queue), MAX_ROWS - self._cache.live)):
+            row = queue.popleft()
+            source, shared = self._source(row)
+            if source is not None and not source.length:  # about to run the same prompt
+                (source.twins if source.fresh and row.fresh else later).append(row)
+                continue
+            prefix = [*row.episode.prompt, *row.episode.tokens]
+            if source is None:
+                self._cache.reserve(row, len(prefix), expected)
+            else:  # the last token of a prefix runs again: its logits say what comes next
+                length = min(shared, source.length, len(prefix) - 1)
+                self._cache.restore(row, source, length, expected)
+            self._known[id(row.episode)] = row
+            row.pending = prefix[row.length :]
+            self._advance(row)
+            if row.pending:
+                self._prompts.setdefault(row.episode.prompt, row)
+        queue.extendleft(reversed(later))
+
+    def _source(self, row: LiveRow) -> tuple[LiveRow | None, int]:
+        """A row to start from, and how many first tokens it shares with this one."""
+        episode = row.episode
+        parent = self._known.get(id(episode.parent))
+        if parent is not None and parent.cached:
+            return parent, len(episode.prompt) + (episode.cut or 0)
+        return self._prompts.get(episode.prompt), len(episode.prompt)
+
+    def _advance(self, row: LiveRow) -> None:
+        """Do what the episode's state asks for, up to the next forward."""
+        episode = row.episode
+        while episode.state is State.FORCED:
+            row.pending += episode.forced
+            if episode.forced_origin is Origin.CUE:
+                row.cue = len(episode.forced)
+                return
+            episode.take_forced([0.0] * len(episode.forced))
+        if episode.state is State.SEARCH:
+            row.waiting = True
+            self._waiting.append(row)
+        elif episode.state is State.DONE:
+            self._finish(row)
+
+    def _finish(self, row: LiveRow) -> None:
+        """Take a finished row out of the batch and keep its cache, as far as memory for that goes."""
+        row.pending = []
+        self._cache.save(row)
+        self._saved.append(row)
+        self._saved_bytes += 0 if row.saved is None else row.saved.nbytes
+        while self._saved_bytes > self._saved_limit:
+            oldest = self._saved.popleft()
+            self._saved_bytes -= 0 if oldest.saved is None else oldest.saved.nbytes
+            oldest.saved = None
+            if self._prompts.get(oldest.episode.prompt) is oldest:
+                del self._prompts[oldest.episode.prompt]
+
+    def _ask(self, retriever: Retriever) -> None:
+        """Answer the waiting searches, once there are enough of them or they have waited long enough."""
+        self._waited = self._waited + 1 if self._waiting else 0
+        if not self._waiting:
+            return
+        if self._waited < SEARCH_PATIENCE and len(self._waiting) * SEARCH_SHARE < self._cache.live:
+            return
+        rows, self._waiting = self._waiting, []
+        for topk in sorted({row.episode.topk for row in rows}):
+            asking = [row for row in rows if row.episode.topk == topk]
+            with torch.inference_mode(False):
+                answers = retriever.search([row.episode.query for row in asking], topk)
+            for row, documents in zip(asking, answers, strict=True):
+                row.waiting = False
+                row.episode.found(documents)
+                self._advance(row)
+
+    # -- one step ------------------------------------------------------------------------------------------
+
+    def _plan(self) -> tuple[list[LiveRow], CachedPlan]:
+        """The rows that append something, in packed order, and how they attend."""
+        for bank in list(self._cache.banks.values()):
+            for row in bank.rows[::-1]:  # from the end, so that few rows move into freed slots
+                if row.length + len(row.pending) > bank.capacity:
+                    self._cache.reserve(row, row.length + len(row.pending))
+        rows: list[LiveRow] = []
+        several: list[LiveRow] = []
+        groups = []
+        for bank in self._cache.banks.values():
+            active = [row for row in bank.rows if row.pending and not row.waiting]
+            single = [row for row in active if len(row.pending) == 1]
+            several += (row for row in active if len(row.pending) > 1)
+            if single:
+                groups.append(self._group(bank, single, len(rows)))
+                rows += single
+        prefill: list[tuple[Row, int, int]] = []
+        start = first = len(rows)
+        for row in several:
+            stop = start + len(row.pending)
+            if prefill and stop - first > PREFILL_TOKENS:
+                break
+            prefill.append((row, start, stop))
+            rows.append(row)
+            start = stop
+        return rows, CachedPlan(groups, prefill)
+
+    def _group(self, bank: Bank[LiveRow], rows: list[LiveRow], start: int) -> Decode:
+        """The rows of a bank that append one token each."""
+        slots = np.array([row.slot for row in rows])
+        positions = np.array([row.length for row in rows])
+        heads = np.arange(self._shape.heads)
+        places = (slots[:, None] * self._shape.heads + heads) * bank.capacity + positions[:, None]
+        longest = int(positions.max()) + 1
+        lengths = np.full(len(bank.rows), longest)
+        lengths[slots] = positions + 1
+        return Decode(
+            bank=bank,
+            start=start,
+            stop=start + len(rows),
+            slots=None if len(rows) == len(bank.rows) else self._tensor(slots),
+            places=self._tensor(places.reshape(-1)),
+            lengths=self._tensor(lengths),
+            ragged=int(lengths.min()) < longest,
+            longest=longest,
+        )
+
+    def _append(
+        self, rows: list[LiveRow], plan: CachedPlan, temperature: float
+    ) -> tuple[list[LiveRow], Tensor]:
+        """Run what is pending; the rows that sample next, and the hidden state each samples from."""
+        ids = [token for row in rows for token in row.pending]
+        positions = [p for row in rows for p in range(row.length, row.length + len(row.pending))]
+        hidden = hidden_states(self._model, self._tensor(ids), self._tensor(positions), plan)
+        self.prefilled_tokens += len(ids) - sum(row.sampled for row in rows)
+        ends = np.cumsum([len(row.pending) for row in rows]).tolist()
+        self._score_cues(rows, ends, hidden, temperature)
+        ready, last = [], []
+        for row, end in zip(rows, ends, strict=True):
+            if row.episode.state is State.SAMPLE:
+                ready += [row, *row.twins]
+                last += [end - 1] * (1 + len(row.twins))
+            else:
+                self._advance(row)
+            for twin in row.twins:
+                self._known[id(twin.episode)] = twin
+                self._cache.restore(twin, row, row.length)
+            row.twins = []
+        return ready, hidden[self._tensor(last)]
+
+    def _score_cues(self, rows: list[LiveRow], ends: list[int], hidden: Tensor, temperature: float) -> None:
+        """Account for what was appended, and give episodes the log-probs of their cues."""
+        cued = []
+        targets: list[int] = []
+        before: list[int] = []
+        for row, end in zip(rows, ends, strict=True):
+            if row.cue:
+                cued.append(row)
+                targets += row.pending[-row.cue :]
+                before += range(end - 1 - row.cue, end - 1)
+            row.length += len(row.pending)
+            row.pending, row.sampled = [], False
+        if not cued:
+            return
+        at, ids = self._tensor(before), self._tensor(targets)
+        logps = token_logps(self._head, hidden[at], ids, temperature).tolist()
+        for row in cued:
+            row.episode.take_forced(logps[: row.cue])
+            logps = logps[row.cue :]
+            row.cue = 0
+
+    def _sample(self, rows: list[LiveRow], hidden: Tensor, temperature: float) -> None:
+        """One token for each row."""
+        if not rows:
+            return
+        uniform = uniforms([row.stream for row in rows], [len(row.episode.tokens) for row in rows])
+        ids, logps = draw(self._head, hidden, temperature, self._tensor(uniform))
+        self.generated_tokens += len(rows)
+        for row, token, logp in zip(rows, ids.tolist(), logps.tolist(), strict=True):
+            if not math.isfinite(logp):
+                raise ModelError(f"the model's logits are not finite after {row.length} tokens")
+            row.pending, row.sampled = [token], True
+            episode = row.episode
+            episode.sampled(token, logp)
+            if episode.state is not State.SAMPLE:
+                self._advance(row)
+
+    def _tensor(self, values: object) -> Tensor:
+        return torch.as_tensor(values, device=self._shape.device)
