@@ -179,7 +179,6 @@ class TrainConfig(Model):
     """Rollouts written per step; probes and their parents first."""
     control: str = ""
     """A second arm trained from the same start and shown beside the first, e.g. `grpo`."""
-    logger: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     threads: Annotated[int, Field(ge=0)] = 0
     """Torch threads; 0 leaves torch's choice."""
 

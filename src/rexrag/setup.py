@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rexrag.agent.codec import HFCodec
-from rexrag.agent.episode import Codec
+from rexrag.agent.episode import Codec, Episode
 from rexrag.agent.prompts import cue_pool
 from rexrag.config import Config, DataConfig
 from rexrag.data.questions import load_questions, questions_digest
@@ -18,6 +18,9 @@ from rexrag.method.cues import CueTrie
 from rexrag.retrieval import make_retriever
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Document, Question
+
+LONGEST = 200
+"""How many of the longest questions are tokenised before a run starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +65,19 @@ def build(config: Config) -> Setup:
     data = load_data(config.data)
     retriever = make_retriever(config.retriever, data.corpus)
     policy, learner = load_engine(config)
+    check_prompts(data, policy.codec, config)
     own = policy if learner.mirror is None else LocalPolicy(learner.model, policy.codec)
     cues = load_cues(config, policy.codec)
     codec = policy.codec
     assert isinstance(codec, HFCodec)
     return Setup(policy, learner, own, retriever, data, cues, codec.tokenizer.save_pretrained)
+
+
+def check_prompts(data: Data, codec: Codec, config: Config) -> None:
+    """Do the longest questions fit the window? Raises DataError naming the one that does not."""
+    longest = sorted([*data.train, *data.dev], key=lambda question: len(question.text))[-LONGEST:]
+    for question in longest:
+        Episode(question, codec, config.agent, config.retriever.topk)
 
 
 def load_data(config: DataConfig) -> Data:

@@ -25,9 +25,7 @@ from rexrag.method.probing import ProbePlan, in_all_wrong_groups, plan_probes
 from rexrag.method.realignment import mismatch_weights
 from rexrag.method.samples import Row, Streams, correct, make_samples, pad, row_of, splice, with_tail_logp
 from rexrag.retrieval.base import Retriever
-from rexrag.types import Origin, Question, Rollout, Sample, StepRecord
-
-__all__ = ["Collected", "StepRecord", "collect"]
+from rexrag.types import Origin, Question, Rollout, Sample
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ m tokens of a cue, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
 
@@ -187,13 +186,3 @@ class Segment(IntEnum):
     PREFIX = 1
     CUE = 2
     SUFFIX = 3
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One row of `metrics.jsonl`: a step's number, what it spent so far, and its figures by name."""
-
-    step: int
-    generated_tokens: int
-    seconds: float
-    metrics: Mapping[str, float] = field(default_factory=dict)

@@ -84,6 +84,19 @@ def test_scores_are_log_probs_of_a_full_forward(model, temperature, monkeypatch)
     assert policy.score([], 1.0) == []
 
 
+def test_scores_of_a_windowed_model_look_back_as_far_as_the_model_does():
+    model = qwen2(use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    use_packed_attention(model)
+    # Responses of two tokens feed one token after a shared prompt; longer ones feed several.
+    rows = [((1, 2, 3, 4, 5, 6, 7), tuple(range(9, 9 + size))) for size in (1, 2, 5, 9)] + [((8,) * 9, (3, 4))]
+    scores = LocalPolicy(model, codec=None).score(rows, 1.0)
+    with torch.no_grad():
+        for (prompt, response), score in zip(rows, scores, strict=True):
+            ids = torch.tensor([[*prompt, *response]])
+            logp = model(ids, use_cache=False).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+            assert torch.allclose(score, logp.gather(1, ids[0, len(prompt) :, None])[:, 0], atol=1e-5)
+
+
 def test_rollouts_of_real_episodes_are_scored_as_they_were_sampled(folder):
     policy = load_policy(PolicyConfig(path=str(folder), device="cpu"))
     running = episodes(policy)

@@ -13,7 +13,7 @@ from rexrag.agent.episode import State
 from rexrag.engine.local import sampler
 from rexrag.engine.local.attention import use_packed_attention
 from rexrag.engine.local.cache import CacheShape, capacity_for
-from rexrag.engine.local.draw import draw, invert, streams, uniforms
+from rexrag.engine.local.draw import draw, find, invert, streams, uniforms
 from rexrag.engine.local.sampler import LocalSession
 from rexrag.errors import DataError, ModelError, RetrievalError
 from rexrag.types import Origin
@@ -335,6 +335,8 @@ def test_drawing_follows_the_distribution():
     probs[:, 400], probs[:, 700] = 0.25, 0.5
     ends = torch.tensor([[0.0], [1.0 - 2.0**-53]], dtype=torch.float64)
     assert invert(probs, ends).tolist() == [[400], [700]]
+    index, before = find(torch.tensor([[0.0, 1.0]]), torch.tensor([[-1e-17]]))  # a difference of rounded sums
+    assert (index.item(), before.item()) == (1, 0.0)
     edges = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
     tokens, logps = draw(head, torch.zeros(2, 4), 1.0, edges)
     assert tokens.tolist() == [0, 4] and logps.isfinite().all()

@@ -72,13 +72,13 @@ def invert(probs: Tensor, uniform: Tensor) -> Tensor:
     blocks = (nn.functional.pad(probs, (0, short)) if short else probs).view(len(probs), -1, BLOCK)
     mass = blocks.sum(dim=-1, dtype=torch.float64)
     scaled = uniform * mass.sum(dim=-1, keepdim=True)
-    block, before = _find(mass, scaled)
+    block, before = find(mass, scaled)
     inside = blocks.take_along_dim(block[:, :, None], dim=1)[:, 0].double()
-    outcome, _ = _find(inside, scaled - before)
+    outcome, _ = find(inside, scaled - before)
     return block * BLOCK + outcome
 
 
-def _find(mass: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+def find(mass: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     """Where the running sum of `mass` [M, W] passes `point` [M, 1]: index and sum before it, [M, 1]."""
     reached = mass.cumsum(dim=-1)
     total = reached[:, -1:]

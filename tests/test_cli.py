@@ -1,0 +1,181 @@
+"""The command line: what a user's mistake prints, what the tools print, exit codes."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from rexrag.cli import main
+from rexrag.data.world import World
+
+QUESTION = {"id": "q1", "question": "Who?", "answers": ["x"]}
+PASSAGE = {"id": "1", "contents": '"Oslo"\nOslo is a city in Norway.'}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rexrag", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A user's own folder: corpus and questions, all good."""
+
+    def write(name, *rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    write("corpus.jsonl", PASSAGE, {"id": "2", "title": "Rome", "text": "Rome is a city in Italy."})
+    write("train.jsonl", *({**QUESTION, "id": f"q{i}"} for i in range(4)))
+    return tmp_path, write
+
+
+def own(folder, *more):
+    paths = [
+        f"data.train={folder}/train.jsonl",
+        f"data.corpus={folder}/corpus.jsonl",
+        "train.questions=2",
+        *more,
+    ]
+    return [word for path in paths for word in ("--set", path)]
+
+
+def refused(result, *words):
+    code, _, err = result
+    assert code == 2 and err.startswith("rexrag: ") and len(err.splitlines()) == 1, result
+    assert all(word in err for word in words), err
+
+
+def test_missing_corpus(run, files):
+    folder, _ = files
+    out = folder / "run"
+    refused(run("train", *own(folder, "data.corpus=/no/corpus.jsonl"), "--out", out), "/no/corpus.jsonl")
+    refused(run("train", *own(folder, "data.corpus="), "--out", out), "data.corpus")
+    assert not out.exists()
+
+
+def test_malformed_row(run, files):
+    folder, write = files
+    write("train.jsonl", QUESTION, {"id": "q2", "question": "Where?"})
+    refused(run("train", *own(folder), "--out", folder / "run"), "train.jsonl", "row 2", "answers")
+    write("train.jsonl", QUESTION, {"id": "q2", "question": "Where?", "answers": []})
+    refused(run("train", *own(folder), "--out", folder / "run"), "train.jsonl", "row 2", "answers")
+    write("train.jsonl", QUESTION)
+    write("corpus.jsonl", PASSAGE, {"id": "2"})
+    refused(run("train", *own(folder), "--out", folder / "run"), "corpus.jsonl", "row 2", "contents")
+    (folder / "train.jsonl").write_text('{"id": 1,')
+    refused(run("data", "check", folder / "train.jsonl"), "train.jsonl", "row 1", "JSON")
+    assert not (folder / "run").exists()
+
+
+def test_a_prompt_longer_than_the_window(run, files):
+    folder, write = files
+    write("train.jsonl", QUESTION, {"id": "long", "question": "why " * 600, "answers": ["x"]})
+    refused(run("train", *own(folder), "--out", folder / "run"), "long", "agent.total_tokens")
+    assert not (folder / "run").exists()
+
+
+def test_a_model_folder_without_a_tokenizer(run, files):
+    folder, _ = files
+    (folder / "model").mkdir()
+    refused(run("train", *own(folder, f"policy.path={folder}/model"), "--out", folder / "run"), "model")
+    refused(run("ask", "Who?", "--policy", folder / "nothing"), "nothing", "no such model folder")
+
+
+def test_an_index_of_another_corpus(run, files):
+    folder, write = files
+    assert run("index", "build", folder / "corpus.jsonl", "--out", folder / "index")[0] == 0
+    write("corpus.jsonl", PASSAGE)
+    result = run("train", *own(folder, f"retriever.index={folder}/index"), "--out", folder / "run")
+    refused(result, "index")
+
+
+def test_an_out_folder_that_cannot_be_used(run, files):
+    folder, _ = files
+    (folder / "full").mkdir()
+    (folder / "full" / "x").write_text("mine")
+    refused(run("train", *own(folder), "--out", folder / "full"), "full", "not empty")
+    refused(run("train", *own(folder), "--out", folder / "train.jsonl" / "run"), "train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["train", "--set", "method.keep_ration=1"],
+            ["method.keep_ration", "did you mean 'method.keep_ratio'"],
+        ),
+        (["train", "nothing.toml"], ["nothing.toml", "no such config"]),
+        (["train", "--arm", "grop"], ["did you mean 'grpo'"]),
+        (["compare", "--arms", "grpo,rex"], ["arm 'rex'", "did you mean 'rex-rag'"]),
+        (["compare", "--seeds", "0"], ["at least one seed"]),
+        (["compare", "--budget", "money"], ["--budget money", "tokens"]),
+        (["score", "nothing.jsonl"], ["nothing.jsonl"]),
+        (["retrieve", "x"], ["exactly one of --index"]),
+        (["serve", "nothing"], ["nothing", "no index here"]),
+        (["report", "nothing"], ["nothing"]),
+        (["data", "world", "w", "--people", "12", "--train", "99999"], ["12 people", "asked for"]),
+    ],
+)
+def test_a_mistake_is_one_line(run, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(run(*arguments), *words)
+
+
+def test_debug_shows_where(run):
+    code, _, err = run("score", "nothing.jsonl", "--debug")
+    assert code == 2 and "Traceback" in err and "DataError" in err
+
+
+def test_every_command_has_help_with_an_example(run):
+    commands = ["train", "compare", "report", "ask", "score", "retrieve", "serve", "warmup", "index build"]
+    for command in [*commands, "data world", "data check", "model import"]:
+        code, out, _ = run(*command.split(), "--help")
+        assert code == 0 and f"rexrag {command}" in out, command
+
+
+def test_tools_print_what_they_found(run, files, monkeypatch):
+    folder, _ = files
+    assert "2 documents" in run("index", "build", folder / "corpus.jsonl", "--out", folder / "index")[1]
+    code, out, _ = run("retrieve", "city in Norway", "--index", folder / "index", "-k", 1, "--json")
+    assert code == 0 and json.loads(out)[0][0]["id"] == "1"
+    assert "Oslo" in run("retrieve", "Norway", "--corpus", folder / "corpus.jsonl")[1]
+    assert (
+        "4 questions" in run("data", "check", folder / "train.jsonl", "--corpus", folder / "corpus.jsonl")[1]
+    )
+    findings = json.loads(run("doctor", "--json")[1])
+    assert {"torch", "embedded", "gpu"} <= {finding["what"] for finding in findings}
+
+
+def test_a_user_s_own_files_train_through_the_same_code(run, tmp_path):
+    threads = torch.get_num_threads()
+    World(3, 24).write(tmp_path / "data", train=12, held_out=4)
+    small = ["method.rollouts=2", "train.steps=1", "train.control=", "train.max_tokens=0", "train.threads=1"]
+    paths = [f"data.dev={tmp_path}/data/dev.jsonl", "method.allow_large_alpha=true", *small]
+    code, out, err = run("train", *own(tmp_path / "data", *paths), "--out", tmp_path / "run", "--json")
+    torch.set_num_threads(threads)
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["quickstart"]["em_before"]["n"] == 4
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1e6
+    code, out, _ = run("ask", "Who is married to Anna?", "--policy", tmp_path / "run/checkpoints/step-1")
+    assert code == 0 and "answer:" in out
+
+
+def test_scoring_recorded_rollouts(run, shared):
+    traces = shared / "data" / "traces" / "search_r1_3b_base_bamboogle.jsonl"
+    code, out, _ = run("score", traces, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["totals"]["rows"] == 125 and found["totals"]["disagreements"] == 0
+    assert all(row["searches"] + row["answers"] > 0 for row in found["rows"])
