@@ -2,9 +2,9 @@
 
     python benchmarks/method.py [--json OUT.json]
 
-A step of the paper: 512 questions × 5 rollouts plus 205 kept probes, 2,048 response tokens each. Compared with
-`log_softmax` + gather over one [8, 2048, 32000] float32 block of logits (there are 346 such blocks in the same
-step), and with the same densities worked out token by token in Python, as the official code does.
+A step of the paper: 512 questions × 5 rollouts plus 205 kept probes, 2,048 response tokens each. Compared
+with `log_softmax` + gather over one [8, 2048, 32000] float32 block of logits (there are 346 such blocks in
+the same step), and with the same densities worked out token by token in Python, as the official code does.
 Ratios are medians of interleaved rounds.
 """
 
@@ -105,7 +105,9 @@ def main() -> None:
     batch = make_batch()
     few = (range(8), range(BASE, BASE + 8))
     fast = vectorised(batch).double()
-    difference = max(float((torch.tensor(token_by_token(batch, r)).double() - fast[r]).abs().max()) for r in few)
+    difference = max(
+        float((torch.tensor(token_by_token(batch, r)).double() - fast[r]).abs().max()) for r in few
+    )
     rounds = []
     for _ in range(args.rounds):
         rounds.append((seconds(lambda: vectorised(batch)), seconds(lambda: log_softmax_gather(batch))))

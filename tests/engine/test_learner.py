@@ -66,9 +66,7 @@ def near_policy(model, rows: Sequence[Sample], noise: float = 0.3) -> list[Sampl
     with torch.no_grad():
         own = [naive_logps(model, row) for row in rows]
     return [
-        dataclasses.replace(
-            row, behaviour_logp=tuple(x + rng.uniform(-noise, noise) for x in logp.tolist())
-        )
+        dataclasses.replace(row, behaviour_logp=tuple(x + rng.uniform(-noise, noise) for x in logp.tolist()))
         for row, logp in zip(rows, own, strict=True)
     ]
 

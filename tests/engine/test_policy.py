@@ -88,7 +88,9 @@ def test_scores_of_a_windowed_model_look_back_as_far_as_the_model_does():
     model = qwen2(use_sliding_window=True, sliding_window=4, max_window_layers=0)
     use_packed_attention(model)
     # Responses of two tokens feed one token after a shared prompt; longer ones feed several.
-    rows = [((1, 2, 3, 4, 5, 6, 7), tuple(range(9, 9 + size))) for size in (1, 2, 5, 9)] + [((8,) * 9, (3, 4))]
+    rows = [((1, 2, 3, 4, 5, 6, 7), tuple(range(9, 9 + size))) for size in (1, 2, 5, 9)] + [
+        ((8,) * 9, (3, 4))
+    ]
     scores = LocalPolicy(model, codec=None).score(rows, 1.0)
     with torch.no_grad():
         for (prompt, response), score in zip(rows, scores, strict=True):

@@ -48,7 +48,7 @@ class Policy(Protocol):
     def session(self) -> Session: ...
 
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float) -> list[Tensor]:
-        """(prompt, response) token ids -> log-probability of each response token, float32 [T], no gradient."""
+        """(prompt, response) ids -> log-probability of each response token, float32 [T], no gradient."""
         ...
 
 

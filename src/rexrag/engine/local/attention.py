@@ -110,7 +110,7 @@ class PackedPlan:
 
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-"""Arguments that change attention scores (soft-capping, sinks, biases) in ways that plans do not carry out."""
+"""Arguments that change attention scores (soft-capping, sinks, biases) as no plan does."""
 
 
 def _attention(
