@@ -100,11 +100,15 @@ def test_a_run_leaves_everything_a_report_needs(tmp_path, fake):
     assert fake[0].learner.updates == 4
 
 
-def test_a_token_budget_stops_the_run(tmp_path, fake):
-    summary = train(config("train.steps=1000", "train.max_tokens=300"), tmp_path / "run")
+@pytest.mark.parametrize(
+    "limit, spent", [("max_generated", "generated_tokens"), ("max_tokens", "spent_tokens")]
+)
+def test_a_token_budget_stops_the_run(tmp_path, fake, limit, spent):
+    summary = train(config("train.steps=1000", f"train.{limit}=300"), tmp_path / "run")
     steps = rows(tmp_path / "run" / "metrics.jsonl")
-    assert steps[-1]["generated_tokens"] >= 300 > steps[-2]["generated_tokens"]
-    assert summary["generated_tokens"] == steps[-1]["generated_tokens"]
+    assert steps[-1][spent] >= 300 > steps[-2][spent]
+    assert summary[spent] == steps[-1][spent]
+    assert summary["spent_tokens"] == summary["generated_tokens"] + summary["prefilled_tokens"]
 
 
 def test_an_interrupt_finishes_the_step_saves_and_can_be_resumed(tmp_path, fake, monkeypatch):
@@ -186,7 +190,7 @@ REAL = [
     "train.steps=4",
     "train.save_every=2",
     "train.control=''",
-    "train.max_tokens=0",
+    "train.max_generated=0",
     "train.threads=1",
     "method.rollouts=3",
     "method.probe_probability=1.0",

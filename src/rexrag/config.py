@@ -164,9 +164,11 @@ class TrainConfig(Model):
     steps: Count = 60
     questions: Count = 32
     """Questions a step."""
+    max_generated: Annotated[int, Field(ge=0)] = 0
+    """Stop when this many tokens were generated; those of filtered probes count. 0 is no limit."""
     max_tokens: Annotated[int, Field(ge=0)] = 0
-    """Stop when this many tokens were spent: generated, filtered probes included, plus what probing makes the
-    model read (cues, evidence of probes, rows scored again). 0 is no limit."""
+    """Stop when the sampling model has run this many tokens: generated ones, and all that it had to read
+    (prompts, evidence, cues, rows scored again)."""
     max_rollouts: Annotated[int, Field(ge=0)] = 0
     """Stop when this many rollouts were drawn; a probe counts as one, kept or not."""
     max_seconds: Annotated[float, Field(ge=0.0)] = 0.0

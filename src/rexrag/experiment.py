@@ -27,9 +27,19 @@ from rexrag.errors import ConfigError, RunFolderError
 from rexrag.intervals import area, interval, paired_p
 from rexrag.io import write_json, write_text
 
-Budget = Literal["rollouts", "tokens", "time"]
-LIMITS: dict[Budget, str] = {"rollouts": "max_rollouts", "tokens": "max_tokens", "time": "max_seconds"}
-SPENT: dict[Budget, str] = {"rollouts": "rollouts", "tokens": "spent_tokens", "time": "seconds"}
+Budget = Literal["rollouts", "generated", "tokens", "time"]
+LIMITS: dict[Budget, str] = {
+    "rollouts": "max_rollouts",
+    "generated": "max_generated",
+    "tokens": "max_tokens",
+    "time": "max_seconds",
+}
+SPENT: dict[Budget, str] = {
+    "rollouts": "rollouts",
+    "generated": "generated_tokens",
+    "tokens": "spent_tokens",
+    "time": "seconds",
+}
 ENDLESS = 10**9
 """Steps of a run that only its budget ends."""
 

@@ -43,8 +43,7 @@ class Collected:
     samples: list[Sample]
     generated_tokens: int
     prefilled_tokens: int
-    probing_tokens: int
-    """Read by the model for probing alone: cues, evidence of probes, spliced rows scored again."""
+    """Read by the sampling model: prompts, evidence, cues, and rows that are scored again."""
     seconds: dict[str, float]
 
 
@@ -74,7 +73,6 @@ def collect(
         episodes = [Episode(question, policy.codec, agent, config.retriever.topk) for question in asked]
         session.run(episodes, retriever, agent.temperature, seed)
         base = [episode.rollout() for episode in episodes]
-        base_prefilled = session.prefilled_tokens
         clock.lap("rollout")
 
         # §2.2–2.4 Dead ends, a coin and a cue for each, and the same policy goes on from the cut.
@@ -123,7 +121,6 @@ def collect(
         samples,
         generated,
         prefilled + scored,
-        prefilled - base_prefilled + scored,
         clock.seconds,
     )
 

@@ -61,6 +61,7 @@ class Progress:
         train = config.train
         limits = (
             (self.step, train.steps),
+            (self.generated_tokens, train.max_generated),
             (self.spent_tokens, train.max_tokens),
             (self.rollouts, train.max_rollouts),
             (self.seconds, train.max_seconds),
@@ -151,7 +152,7 @@ def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dic
     progress.step = number
     progress.generated_tokens += collected.generated_tokens
     progress.prefilled_tokens += collected.prefilled_tokens
-    progress.spent_tokens += collected.generated_tokens + collected.probing_tokens
+    progress.spent_tokens = progress.generated_tokens + progress.prefilled_tokens
     progress.rollouts += len(collected.base) + len(collected.probes)
     progress.probe_accuracy = update_probe_accuracy(
         progress.probe_accuracy,

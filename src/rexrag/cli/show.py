@@ -103,12 +103,12 @@ def summary_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
                 format_interval(summary["em_before"]) if has_eval else "–",
                 format_interval(summary["em_after"]) if has_eval else "–",
                 format_points(summary["rise"]) if has_eval else "–",
-                f"{summary['spent_tokens']:,}",
+                f"{summary['generated_tokens']:,}",
                 summary["steps"],
                 f"{summary['seconds']:.0f}",
             )
         )
-    columns = ("run", "EM before", "EM after", "rise in points", "tokens", "steps", "s")
+    columns = ("run", "EM before", "EM after", "rise in points", "generated", "steps", "s")
     return table("Held-out exact match with 95 % bootstrap intervals", columns, rows)
 
 

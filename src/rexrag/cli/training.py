@@ -64,7 +64,7 @@ def train(
         if (where / "summary.json").exists() and resume:
             summaries.append((label, json.loads((where / "summary.json").read_text(encoding="utf-8"))))
             continue
-        budget = summaries[0][1]["spent_tokens"] if summaries else 0
+        budget = summaries[0][1]["generated_tokens"] if summaries else 0
         part = part if not budget else _at_budget(part, budget)
         progress = RunProgress(console, label)
         try:
@@ -90,9 +90,12 @@ def compare(
     seeds: Annotated[int, typer.Option(help="How many seeds, counted from --first-seed.")] = 5,
     first_seed: Annotated[int, typer.Option(help="The first seed.")] = 1,
     budget: Annotated[
-        str, typer.Option(help="rollouts, tokens or time: what every arm spends alike.")
-    ] = "tokens",
-    amount: Annotated[float, typer.Option(help="Rollouts, tokens or seconds of each run.")] = 60000,
+        str,
+        typer.Option(
+            help="What every arm spends alike: generated (tokens), tokens (generated and read), rollouts, time."
+        ),
+    ] = "generated",
+    amount: Annotated[float, typer.Option(help="Tokens, rollouts or seconds of each run.")] = 60000,
     evals: Annotated[int, typer.Option(help="Points of each curve after the start.", min=1)] = 4,
     jobs: Annotated[int, typer.Option(help="Runs at once; 0: one a core.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="Folder; a killed comparison goes on in it.")] = Path(
@@ -105,7 +108,7 @@ def compare(
 
     \b
     Examples:
-      rexrag compare --arms grpo,rex-rag-internalize --seeds 5 --budget tokens --amount 60000
+      rexrag compare --arms grpo,rex-rag-internalize --seeds 5 --budget tokens --amount 200000
       rexrag compare my.toml --arms grpo,my-arm.toml --budget time --amount 600
     """
     from rexrag import experiment
@@ -157,6 +160,6 @@ def _parts(settings: Config, folder: Path) -> list[tuple[str, Config, Path]]:
 
 
 def _at_budget(config: Config, tokens: int) -> Config:
-    """The same configuration, stopped by spent tokens instead of steps."""
-    train = config.train.model_copy(update={"max_tokens": tokens, "steps": 10**9})
+    """The same configuration, stopped by generated tokens instead of steps."""
+    train = config.train.model_copy(update={"max_generated": tokens, "steps": 10**9})
     return config.model_copy(update={"train": train})
