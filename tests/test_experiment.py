@@ -113,6 +113,19 @@ def test_an_arm_that_changes_the_data_is_refused(tmp_path):
         make(["grpo", str(tmp_path / "cheat.toml")])
 
 
+def test_an_arm_from_a_file_is_called_by_its_name_and_runs_inside_the_folder(tmp_path, monkeypatch):
+    own = tmp_path / "elsewhere" / "mine.toml"
+    own.parent.mkdir()
+    own.write_text("[method]\nprobe = false\nrollouts = 7\n")
+    run_one, calls = pretend(lambda arm, seed: 0.5)
+    monkeypatch.setattr(experiment, "_run_one", run_one)
+    work = make(["grpo", str(own)], seeds=(1,))
+    result = experiment.run(work, tmp_path / "out")
+    assert set(result["arms"]) == {"grpo", "mine"} and ("mine", 1) in calls
+    assert work.configs["mine", 1].method.rollouts == 7
+    assert [p.name for p in own.parent.iterdir()] == ["mine.toml"]
+
+
 def test_interval_of_a_known_distribution():
     got = interval([0.0, 1.0] * 200)
     assert got["value"] == 0.5 and got["n"] == 400

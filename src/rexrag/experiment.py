@@ -73,22 +73,23 @@ def plan(
         raise ConfigError("--seeds 0: expected at least one seed")
     if amount <= 0:
         raise ConfigError(f"--amount {amount:g}: expected a budget above 0")
-    if len(set(arms)) < len(arms) or not arms:
+    names = [Path(arm).stem if arm.endswith(".toml") else arm for arm in arms]
+    if len(set(names)) < len(names) or not names:
         raise ConfigError(f"--arms {','.join(arms)}: expected different names, at least one")
     configs = {}
-    for arm, seed in product(arms, seeds):
+    for (name, arm), seed in product(zip(names, arms, strict=True), seeds):
         spent = [f"train.{LIMITS[budget]}={int(amount) if budget != 'time' else amount}"]
         fixed = [*spent, f"train.steps={ENDLESS}", f"train.evals={evals}", "train.control=''", f"seed={seed}"]
         resolved = presets.resolve(config, arm, [*overrides, *fixed, "train.threads=1"])
         if not resolved.data.train:
             data = resolved.data.model_copy(update={"world_seed": resolved.data.world_seed + seed})
             resolved = resolved.model_copy(update={"data": data})
-        configs[arm, seed] = resolved
+        configs[name, seed] = resolved
     for seed in seeds:
-        different = {arm for arm in arms if configs[arm, seed].data != configs[arms[0], seed].data}
+        different = {name for name in names if configs[name, seed].data != configs[names[0], seed].data}
         if different:
             raise ConfigError(f"arm '{min(different)}' changes [data]: arms must share their evaluation data")
-    return Plan(tuple(arms), tuple(seeds), budget, amount, configs)
+    return Plan(tuple(names), tuple(seeds), budget, amount, configs)
 
 
 def run(
