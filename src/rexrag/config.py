@@ -103,6 +103,9 @@ class MethodConfig(Model):
     """Probe answers given in the forced last turn too."""
     probe_groups: Literal["all", "all-wrong"] = "all"
     """Probe every group's dead ends, or only where no rollout of the group was right."""
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """DAPO: ask up to this many more batches of questions until as many groups as a step has questions
+    differ in reward, and train on those only; 0 trains on what was drawn."""
     cues: str = "default"
     """Name of a cue pool, or `none`: cut and continue without a cue."""
 

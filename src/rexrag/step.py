@@ -8,22 +8,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from rexrag.agent.episode import Episode, State
 from rexrag.config import Config, MethodConfig
-from rexrag.engine.base import Policy
+from rexrag.engine.base import Policy, Session
 from rexrag.method.advantages import group_advantages
 from rexrag.method.cues import CueTrie
 from rexrag.method.dead_ends import is_dead_end
 from rexrag.method.filtering import cue_scores, keep_count, keep_probes
 from rexrag.method.probing import ProbePlan, in_all_wrong_groups, plan_probes
 from rexrag.method.realignment import mismatch_weights
-from rexrag.method.samples import Row, Streams, correct, make_samples, pad, row_of, splice, with_tail_logp
+from rexrag.method.samples import (
+    Row,
+    Streams,
+    correct,
+    groups_with_signal,
+    make_samples,
+    pad,
+    row_of,
+    splice,
+    with_tail_logp,
+)
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Origin, Question, Rollout, Sample
 
@@ -56,37 +66,29 @@ def collect(
     keep_ratio: float,
     seed: int,
     learner_policy: Policy | None = None,
+    more: Callable[[], Sequence[Question]] | None = None,
 ) -> Collected:
     """Draw the rollouts of a step and correct them. METHOD §2 and §3, in their order.
 
     trie: the cue pool, None to continue without a cue. seed: of this step; with the same weights the same
     step comes out. learner_policy: scores with the learner's own weights where `method.mismatch_cap` > 0.
+    more: the next questions, asked while too few groups have signal (`method.dynamic_sampling`).
     """
     method, agent = config.method, config.agent
     generator = torch.Generator().manual_seed(seed)
     clock = _Clock()
     session = policy.session()
     try:
-        # §2.1 N base rollouts a question.
-        asked = [question for question in questions for _ in range(method.rollouts)]
-        group_of = [group for group, _ in enumerate(questions) for _ in range(method.rollouts)]
-        episodes = [Episode(question, policy.codec, agent, config.retriever.topk) for question in asked]
-        session.run(episodes, retriever, agent.temperature, seed)
-        base = [episode.rollout() for episode in episodes]
-        clock.lap("rollout")
-
-        # §2.2–2.4 Dead ends, a coin and a cue for each, and the same policy goes on from the cut.
-        drawn = _plan(base, group_of, method, trie, generator)
-        made = [(plan, _fork(episodes[plan.parent], plan, trie)) for plan in drawn]
-        # A cue that no longer fits the window leaves nothing to go on with.
-        alive = [(plan, fork) for plan, fork in made if fork.state is not State.DONE]
-        plans, forks = [plan for plan, _ in alive], [fork for _, fork in alive]
-        session.run(forks, retriever, agent.temperature, seed + 1)
-        probes = [fork.rollout() for fork in forks]
-        clock.lap("probe")
+        drawn = _Drawn(policy, session, retriever, trie, config, generator, clock)
+        drawn.draw(questions, seed)
+        for redraw in range(1, 1 + method.dynamic_sampling):
+            if more is None or drawn.with_signal() >= len(questions):
+                break
+            drawn.draw(more(), seed + 2 * redraw)
         generated, prefilled = session.generated_tokens, session.prefilled_tokens
     finally:
         session.close()
+    base, group_of, plans, probes = drawn.base, drawn.groups, drawn.plans, drawn.probes
 
     # §3 Filter: keep the best ⌊ρ·N_base⌋.
     scores = _scores(probes, method, generator)
@@ -108,6 +110,9 @@ def collect(
         rewards, torch.tensor(groups), method.advantage_scale, method.advantage_baseline
     )
     samples = make_samples(rows, groups, streams, advantages)
+    if method.dynamic_sampling:
+        chosen_groups = groups_with_signal(rewards.tolist(), groups)[: len(questions)]
+        samples = [sample for sample in samples if sample.group in chosen_groups]
     clock.lap("correct")
     return Collected(
         base,
@@ -123,6 +128,53 @@ def collect(
         prefilled + scored,
         clock.seconds,
     )
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """What was sampled so far in a session: base rollouts, and probes beside the plans that made them."""
+
+    policy: Policy
+    session: Session
+    retriever: Retriever
+    trie: CueTrie | None
+    config: Config
+    generator: torch.Generator
+    clock: _Clock
+    base: list[Rollout] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    """Of each base rollout: the place of its question among all that were asked."""
+    plans: list[ProbePlan] = field(default_factory=list)
+    probes: list[Rollout] = field(default_factory=list)
+
+    def draw(self, questions: Sequence[Question], seed: int) -> None:
+        method, agent, codec = self.config.method, self.config.agent, self.policy.codec
+        first, first_group = len(self.base), len(self.base) // method.rollouts
+        # §2.1 N base rollouts a question.
+        asked = [question for question in questions for _ in range(method.rollouts)]
+        groups = [first_group + group for group, _ in enumerate(questions) for _ in range(method.rollouts)]
+        episodes = [Episode(question, codec, agent, self.config.retriever.topk) for question in asked]
+        self.session.run(episodes, self.retriever, agent.temperature, seed)
+        base = [episode.rollout() for episode in episodes]
+        self.clock.lap("rollout")
+
+        # §2.2–2.4 Dead ends, a coin and a cue for each, and the same policy goes on from the cut.
+        planned = _plan(base, groups, method, self.trie, self.generator)
+        made = [(plan, _fork(episodes[plan.parent], plan, first, self.trie)) for plan in planned]
+        # A cue that no longer fits the window leaves nothing to go on with.
+        alive = [(plan, fork) for plan, fork in made if fork.state is not State.DONE]
+        forks = [fork for _, fork in alive]
+        self.session.run(forks, self.retriever, agent.temperature, seed + 1)
+        self.base += base
+        self.groups += groups
+        self.plans += [replace(plan, parent=first + plan.parent) for plan, _ in alive]
+        self.probes += [fork.rollout() for fork in forks]
+        self.clock.lap("probe")
+
+    def with_signal(self) -> int:
+        """Groups whose rollouts, probes included, differ in reward."""
+        rewards = [rollout.reward for rollout in (*self.base, *self.probes)]
+        return len(groups_with_signal(rewards, [*self.groups, *(self.groups[p.parent] for p in self.plans)]))
 
 
 def _plan(
@@ -145,9 +197,9 @@ def _plan(
     return plan_probes(dead, method.probe_probability, None if trie is None else len(trie), generator)
 
 
-def _fork(episode: Episode, plan: ProbePlan, trie: CueTrie | None) -> Episode:
+def _fork(episode: Episode, plan: ProbePlan, first: int, trie: CueTrie | None) -> Episode:
     cue = () if plan.cue is None or trie is None else trie.cues[plan.cue]
-    return episode.fork(cue, plan.cue, plan.parent)
+    return episode.fork(cue, plan.cue, first + plan.parent)
 
 
 def _scores(probes: Sequence[Rollout], method: MethodConfig, generator: torch.Generator) -> Tensor:
@@ -211,4 +263,5 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now

@@ -52,6 +52,8 @@ class Progress:
     prefilled_tokens: int = 0
     spent_tokens: int = 0
     rollouts: int = 0
+    asked: int = 0
+    """Questions asked so far."""
     seconds: float = 0.0
     probe_accuracy: float = 0.0
     digests: dict[str, str] = field(default_factory=dict)
@@ -112,10 +114,10 @@ def train(
     return _summarise(config, folder, progress)
 
 
-def questions_of(questions: Sequence[Question], step: int, count: int, seed: int) -> list[Question]:
-    """The questions of a step: seeded permutations of the data, one after the other, cut into steps."""
+def questions_of(questions: Sequence[Question], asked: int, count: int, seed: int) -> list[Question]:
+    """The next questions after `asked` ones, of seeded permutations of the data, one after the other."""
     chosen = []
-    for position in range((step - 1) * count, step * count):
+    for position in range(asked, asked + count):
         epoch, place = divmod(position, len(questions))
         generator = torch.Generator().manual_seed(step_seed(seed, epoch, "order"))
         order = torch.randperm(len(questions), generator=generator)
@@ -135,9 +137,14 @@ def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dic
     ratio = method.keep_ratio
     if method.keep == "adaptive":
         ratio = adaptive_keep_ratio(progress.probe_accuracy, method.keep_ratio, method.keep_floor)
-    questions = questions_of(setup.data.train, number, config.train.questions, config.seed)
+
+    def questions() -> list[Question]:
+        progress.asked += config.train.questions
+        first = progress.asked - config.train.questions
+        return questions_of(setup.data.train, first, config.train.questions, config.seed)
+
     collected = collect(
-        questions,
+        questions(),
         setup.policy,
         setup.retriever,
         setup.trie,
@@ -145,6 +152,7 @@ def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dic
         ratio,
         step_seed(config.seed, number, "sample"),
         setup.learner_policy,
+        questions,
     )
     before = time.perf_counter()
     learned = setup.learner.update(collected.samples, method, config.agent.temperature)

@@ -92,7 +92,7 @@ def compare(
     budget: Annotated[
         str,
         typer.Option(
-            help="What every arm spends alike: generated (tokens), tokens (generated and read), rollouts, time."
+            help="What arms spend alike: generated (tokens), tokens (generated and read), rollouts, time."
         ),
     ] = "generated",
     amount: Annotated[float, typer.Option(help="Tokens, rollouts or seconds of each run.")] = 60000,
