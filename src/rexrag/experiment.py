@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rexrag import presets
+from rexrag import presets, prospects
 from rexrag.config import Config, dump_toml
 from rexrag.errors import ConfigError, RunFolderError
 from rexrag.intervals import area, interval, paired_p
@@ -90,6 +90,22 @@ def plan(
         if different:
             raise ConfigError(f"arm '{min(different)}' changes [data]: arms must share their evaluation data")
     return Plan(tuple(names), tuple(seeds), budget, amount, configs)
+
+
+def look_ahead(work: Plan, out: Path, questions: int = 150) -> dict[str, prospects.Figure]:
+    """What decides the outcome (see `prospects`), of the first arm's start in the first seed's data.
+
+    Kept in `prospects.json`, so that a comparison that goes on does not ask again.
+    """
+    file = out / "prospects.json"
+    if file.is_file():
+        known: dict[str, prospects.Figure] = json.loads(file.read_text(encoding="utf-8"))
+        return known
+    config = work.configs[work.arms[0], work.seeds[0]]
+    probing = next((c for c in work.configs.values() if c.method.probe and c.method.cues != "none"), config)
+    figures = prospects.examine(config.model_copy(update={"method": probing.method}), questions)
+    write_json(file, figures)
+    return figures
 
 
 def run(

@@ -111,8 +111,8 @@ def compare(
       rexrag compare --arms grpo,rex-rag-internalize --seeds 5 --budget tokens --amount 200000
       rexrag compare my.toml --arms grpo,my-arm.toml --budget time --amount 600
     """
-    from rexrag import experiment
-    from rexrag.cli.show import comparison_table, stdout
+    from rexrag import experiment, prospects
+    from rexrag.cli.show import comparison_table, stdout, table
     from rexrag.errors import ConfigError
     from rexrag.report import write_report
 
@@ -125,6 +125,9 @@ def compare(
     console = stdout()
     console.quiet = as_json
     console.print(f"{len(names)} arms × {seeds} seeds, {amount:g} {budget} each, control {names[0]}: {out}")
+    ahead = experiment.look_ahead(work, out)
+    title = "Before the comparison: what decides it"
+    console.print(table(title, ("of the start", "share [95 %]", "n"), prospects.lines(ahead)))
     result = experiment.run(work, out, jobs, console.print)
     page = write_report(list(experiment.run_folders(work, out)), out / "report.html")
     if as_json:
