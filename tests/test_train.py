@@ -222,3 +222,25 @@ def test_two_steps_and_two_more_are_four_bit_for_bit(tmp_path, arm):
     ]
     assert timeless[0] == timeless[1]
     assert torch.get_num_threads() == 1
+
+
+def test_diagnostics_and_a_fresh_world_are_measured_beside_the_budget(tmp_path):
+    small = ["policy.path=embedded", "train.questions=6", "method.rollouts=3", "data.dev_limit=12"]
+    small += [
+        "train.evals=1",
+        "data.fresh_questions=10",
+        "train.diagnose_every=2",
+        "train.steps=3",
+        "train.control=''",
+    ]
+    small += ["method.probe_probability=1.0", "method.keep_ratio=0.5", "train.max_generated=0"]
+    config = presets.resolve(None, "rex-rag", [*small, "method.allow_large_alpha=true"])
+    summary = train(config, tmp_path / "run")
+    steps = rows(tmp_path / "run" / "metrics.jsonl")
+    assert ["kl_to_start" in step for step in steps] == [True, False, True]
+    assert steps[0]["kl_to_start"] == pytest.approx(0.0, abs=1e-6) and steps[2]["kl_to_start"] > 0
+    shares = {name: v for name, v in steps[0].items() if name.startswith("gradient/")}
+    assert sum(shares.values()) == pytest.approx(1.0) and "gradient/cue" in shares
+    sets = [(row["set"], row["step"], row["em"]["n"]) for row in rows(tmp_path / "run" / "eval.jsonl")]
+    assert sets == [("held-out", 0, 12), ("fresh", 0, 10), ("held-out", 3, 12), ("fresh", 3, 10)]
+    assert summary["em_fresh_after"]["n"] == 10 and summary["em_after"]["n"] == 12

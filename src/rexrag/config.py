@@ -57,6 +57,8 @@ class DataConfig(Model):
     """Training questions drawn from the world."""
     dev_limit: Count = 300
     """Questions of a held-out evaluation."""
+    fresh_questions: Annotated[int, Field(ge=0)] = 0
+    """Embedded world only: this many questions of a second world are asked too, before and after a run."""
 
 
 class RetrieverConfig(Model):
@@ -180,6 +182,8 @@ class TrainConfig(Model):
     """Held-out evaluations spread evenly over the run, beside the one before it; the last is at the end."""
     save_every: Count = 20
     keep_checkpoints: Count = 2
+    diagnose_every: Annotated[int, Field(ge=0)] = 0
+    """Measure gradient norms by segment and the KL to the start every so many steps (not in the budget)."""
     log_rollouts: Annotated[int, Field(ge=0)] = 32
     """Rollouts written per step; probes and their parents first."""
     control: str = ""

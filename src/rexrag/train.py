@@ -17,12 +17,13 @@ from typing import Any, Protocol
 import torch
 
 from rexrag.config import Config
-from rexrag.diagnostics import describe
+from rexrag.diagnostics import describe, diagnose
 from rexrag.errors import CheckpointError, DataError
 from rexrag.evaluate import evaluate
 from rexrag.intervals import interval
 from rexrag.io import write_json
 from rexrag.method.filtering import adaptive_keep_ratio, update_probe_accuracy
+from rexrag.retrieval import make_retriever
 from rexrag.runs import append, environment, last_checkpoint, open_run, save_checkpoint, truncate_logs
 from rexrag.setup import Setup, build
 from rexrag.step import Collected, collect
@@ -155,8 +156,11 @@ def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dic
         questions,
     )
     before = time.perf_counter()
+    diagnosed = _diagnose(config, setup, number, collected)
+    aside = time.perf_counter() - before
+    before = time.perf_counter()
     learned = setup.learner.update(collected.samples, method, config.agent.temperature)
-    figures = describe(collected) | learned | {"time/update": time.perf_counter() - before}
+    figures = describe(collected) | diagnosed | learned | {"time/update": time.perf_counter() - before}
     progress.step = number
     progress.generated_tokens += collected.generated_tokens
     progress.prefilled_tokens += collected.prefilled_tokens
@@ -168,11 +172,19 @@ def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dic
         int(figures["probes/kept"]),
         method.keep_momentum,
     )
-    progress.seconds += time.perf_counter() - start
+    progress.seconds += time.perf_counter() - start - aside
     row = _position(progress) | {"keep_ratio": ratio, **figures}
     row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
     _log(config, setup, folder, row, collected)
     return row
+
+
+def _diagnose(config: Config, setup: Setup, number: int, collected: Collected) -> dict[str, float]:
+    """Diagnostics of the first step and of every `train.diagnose_every`-th after it."""
+    every = config.train.diagnose_every
+    if setup.start is None or not every or (number - 1) % every:
+        return {}
+    return diagnose(collected, setup.learner, setup.start(), config)
 
 
 def _log(config: Config, setup: Setup, folder: Path, row: dict[str, Any], collected: Collected) -> None:
@@ -201,11 +213,15 @@ def _evaluate(
 ) -> None:
     if not setup.data.dev:
         return
-    figures = evaluate(setup.policy, setup.data.dev, setup.retriever, config).figures
-    row = _position(progress) | {"set": "held-out", **figures}
-    append(folder / "eval.jsonl", [row])
-    if observer:
-        observer.evaluated(row)
+    sets = [("held-out", setup.data, setup.retriever)]
+    if setup.fresh is not None and (progress.step == 0 or _finished(config, progress)):
+        sets.append(("fresh", setup.fresh, make_retriever(config.retriever, setup.fresh.corpus)))
+    for name, data, retriever in sets:
+        figures = evaluate(setup.policy, data.dev, retriever, config).figures
+        row = _position(progress) | {"set": name, **figures}
+        append(folder / "eval.jsonl", [row])
+        if observer:
+            observer.evaluated(row)
 
 
 def _save(config: Config, setup: Setup, folder: Path, progress: Progress) -> None:
@@ -232,10 +248,12 @@ def _restore(folder: Path, setup: Setup) -> Progress:
 
 
 def _summarise(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
-    evaluations = []
+    evaluations: list[dict[str, Any]] = []
+    fresh: list[dict[str, Any]] = []
     if (folder / "eval.jsonl").exists():
         lines = (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()
-        evaluations = [json.loads(line) for line in lines]
+        for row in map(json.loads, lines):
+            (evaluations if row["set"] == "held-out" else fresh).append(row)
     summary: dict[str, Any] = {
         "name": config.name,
         "arm": config.arm,
@@ -248,6 +266,8 @@ def _summarise(config: Config, folder: Path, progress: Progress) -> dict[str, An
         pairs = zip(first["em_by_question"], last["em_by_question"], strict=True)
         rise = interval([after - before for before, after in pairs])
         summary |= {"em_before": first["em"], "em_after": last["em"], "rise": rise}
+    if fresh:
+        summary |= {"em_fresh_before": fresh[0]["em"], "em_fresh_after": fresh[-1]["em"]}
     write_json(folder / "summary.json", summary)
     return summary
 

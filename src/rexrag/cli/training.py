@@ -112,13 +112,14 @@ def compare(
       rexrag compare my.toml --arms grpo,my-arm.toml --budget time --amount 600
     """
     from rexrag import experiment, prospects
-    from rexrag.cli.show import comparison_table, stdout, table
+    from rexrag.cli.show import comparison_table, diagnostics_table, stdout, table
+    from rexrag.comparison import Budget
     from rexrag.errors import ConfigError
     from rexrag.report import write_report
 
     if budget not in experiment.LIMITS:
         raise ConfigError(f"--budget {budget}: expected {', '.join(experiment.LIMITS)}")
-    chosen: experiment.Budget = next(known for known in experiment.LIMITS if known == budget)
+    chosen: Budget = next(known for known in experiment.LIMITS if known == budget)
     names = [name.strip() for name in arms.split(",") if name.strip()]
     wanted = range(first_seed, first_seed + seeds)
     work = experiment.plan(config, names, list(wanted), chosen, amount, override or [], evals)
@@ -134,6 +135,7 @@ def compare(
         print(json.dumps(result))
         return
     console.print(comparison_table(result))
+    console.print(diagnostics_table(result))
     console.print(f"figures {out / 'compare.json'}\npage    {page}")
 
 
