@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from scipy import stats
 
 from rexrag.agent.episode import Episode, State
@@ -49,6 +50,8 @@ class Observed:
 
 def examine(config: Config, questions: int = 150) -> dict[str, Figure]:
     """`describe` what the configured policy does with some of its training questions. Raises RexragError."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
     data = load_data(config.data)
     retriever = make_retriever(config.retriever, data.corpus)
     asked = random.Random(config.seed).sample(data.train, min(questions, len(data.train)))
