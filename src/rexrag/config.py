@@ -31,7 +31,8 @@ class PolicyConfig(Model):
     """Which weights, and which of them train."""
 
     path: str = "embedded"
-    """A Hugging Face id or folder, or `embedded` / `embedded-easy` for the starts shipped in the package."""
+    """A Hugging Face id or folder, or a start shipped in the package: `embedded` (the hard one),
+    `embedded-middle`, `embedded-easy`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the sampler's weights; the learner keeps float32 master weights."""
     autocast: bool = False
