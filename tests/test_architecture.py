@@ -26,6 +26,7 @@ ALLOWED = {
     "intervals": BASE,
     "comparison": BASE | {"intervals"},
     "experiment": BASE | {"presets", "comparison", "prospects"},
+    "tracking": BASE,
     "prospects": BASE | DATA | {"engine", "intervals", "setup"},
     "presets": BASE,
     "doctor": BASE | {"engine"},

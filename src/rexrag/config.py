@@ -23,6 +23,9 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
 class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -189,6 +192,8 @@ class TrainConfig(Model):
     """Rollouts written per step; probes and their parents first."""
     control: str = ""
     """A second arm trained from the same start and shown beside the first, e.g. `grpo`."""
+    track: tuple[Tracker, ...] = ()
+    """Loggers that get the run's numbers too, for example ["tensorboard"]; `pip install 'rexrag[track]'`."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Torch threads; 0 leaves torch's choice."""
 

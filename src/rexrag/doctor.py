@@ -27,6 +27,7 @@ OPTIONAL = {
     "gguf": ("importing GGUF weights", "pip install gguf"),
     "tensorboard": ("logging to TensorBoard", "pip install tensorboard"),
     "wandb": ("logging to Weights & Biases", "pip install wandb"),
+    "trackio": ("logging to Trackio", "pip install trackio"),
 }
 
 

@@ -47,6 +47,7 @@ def train(
     """
     from rexrag.cli.show import RunProgress, stdout, summary_table
     from rexrag.report import write_report
+    from rexrag.tracking import Together, open_trackers
     from rexrag.train import train as run
 
     overrides = [*(override or []), *([f"seed={seed}"] if seed is not None else [])]
@@ -67,8 +68,9 @@ def train(
         budget = summaries[0][1]["generated_tokens"] if summaries else 0
         part = part if not budget else _at_budget(part, budget)
         progress = RunProgress(console, label)
+        observers = Together([progress, *open_trackers(settings.train.track)])
         try:
-            summary = run(part, where, resume=resume and (where / "checkpoints").exists(), observer=progress)
+            summary = run(part, where, resume=resume and (where / "checkpoints").exists(), observer=observers)
         except KeyboardInterrupt:
             progress.stop()
             console.print(f"stopped after a whole step; go on with: rexrag train --resume --out {folder}")
