@@ -90,7 +90,7 @@ def invalid_turns(turns: Sequence[Turn]) -> int:
 
 
 def figures(rows: Sequence[Scored]) -> dict[str, Any]:
-    """EM, F1, sub-EM with 95 % bootstrap intervals, EM by hops; per question: searches, tokens, invalid turns.
+    """EM, F1, sub-EM with 95 % bootstrap intervals, EM by hops; means of searches, tokens, invalid turns.
 
     `em_by_question` keeps the order of the questions, so that two evaluations can be compared in pairs.
     """

@@ -55,7 +55,7 @@ def macro_interval(groups: Sequence[Sequence[float]], seed: int = 0) -> dict[str
 
 
 def sampled_error(strata: Sequence[tuple[Sequence[float], int]]) -> float:
-    """Standard error of the mean of a stratified sample: (values drawn, size of the stratum) for each stratum.
+    """Standard error of the mean of a stratified sample: (values drawn, size) for each stratum.
 
     sqrt(sum of W² (1 - n/N) s²/n) with W = N over the size of all: 0 where everything was drawn, the ordinary
     standard error with finite-population correction where there is one stratum (Cochran 1977, §5.3). A

@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from rexrag.cli import models, tools, training
+from rexrag.cli import evaluation, models, tools, training
 from rexrag.errors import RexragError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 training.register(app)
+evaluation.register(app)
 tools.register(app)
 models.register(app)
 

@@ -3,8 +3,8 @@
 | shape | where it is looked for |
 |---|---|
 | FlashRAG jsonl | `FOLDER/nq/test.jsonl`, `FOLDER/nq.jsonl`; on a hub, one configuration a set |
-| Search-R1 parquet | `FOLDER/test.parquet` or a file, told apart by `data_source`; on a hub, the split `test` |
-| your own | any `.jsonl` or `.parquet` of `data.questions`, named after the file; or a folder with `dev.jsonl` |
+| Search-R1 parquet | `FOLDER/test.parquet` or a file, told apart by `data_source`; on a hub, split `test` |
+| your own | any file that `data.questions` reads, named after the file; or a folder with `dev.jsonl` |
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
         "bamboogle": Benchmark("Bamboogle", "test", 125),
     }
 )
-"""In the paper's order, under FlashRAG's names; splits and sizes as Search-R1 evaluates them (arXiv 2503.09516),
-51,713 questions in all."""
+"""In the paper's order, under FlashRAG's names; splits and sizes as Search-R1 evaluates them (arXiv
+2503.09516), 51,713 questions in all."""
 
 LONE_FILES = ("test.parquet", "test.jsonl", "dev.parquet", "dev.jsonl")
 """A folder that is no collection of sets may hold one of these, in this order."""
@@ -108,9 +108,9 @@ def load_sets(source: str, wanted: Sequence[str] = ()) -> list[QuestionSet]:
 def sample(whole: QuestionSet, limit: int, seed: int = 0, stratify: bool = False) -> QuestionSet:
     """At most `limit` questions drawn without replacement, in their old order; 0 takes all.
 
-    Which ones depends on `seed` and each question's group alone, not on the file's order, and a smaller sample
-    is part of a larger one. `stratify` draws from each kind (kind and hops) its share, rounded by largest
-    remainder; a stratum too small for a place gets none.
+    Which ones depends on `seed` and each question's group alone, not on the file's order, and a smaller
+    sample is part of a larger one. `stratify` draws from each kind (kind and hops) its share, rounded by
+    largest remainder; a stratum too small for a place gets none.
     """
     questions = whole.questions
     if not limit or limit >= len(questions):

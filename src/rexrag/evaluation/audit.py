@@ -1,7 +1,7 @@
-"""Corpus audit: which questions have no passage that holds an answer, so that a score has a ceiling beside it.
+"""Corpus audit: which questions have no passage that holds an answer, so that scores have a ceiling beside.
 
-A passage holds an answer where `agent.reward.has_answer` says so. Questions whose answers are yes or no cannot
-be judged this way and are counted apart.
+A passage holds an answer where `agent.reward.has_answer` says so. Questions whose answers are yes or no
+cannot be judged this way and are counted apart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rexrag.types import Document, Question
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Of one set: groups whose answer some passage holds, some passage does not, and that cannot be judged."""
+    """Groups of one set: with an answer in some passage, with none, and those that cannot be judged."""
 
     answerable: tuple[str, ...]
     unanswerable: tuple[str, ...]

@@ -53,8 +53,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Rows of differences for every (set, way) that both hold, and a macro average for each way.
 
-    Where the other evaluation has a single way, every one of ours is compared with it. Raises ConfigError where
-    they share no question.
+    Where the other evaluation has a single way, every one of ours is compared with it. Raises ConfigError
+    where they share no question.
     """
     lone = {way for _, way in theirs}
     rows: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
 """The numbers that the paper publishes, and whether an evaluation may stand beside them (METHOD §5, §6).
 
-Exact match in percent, of REX-RAG (arXiv 2508.08149) and of Search-R1 trained with GRPO (arXiv 2503.09516; as the
-paper quotes it), on Qwen2.5. Which model was evaluated is the reader's to judge; the set-up is judged here.
+Exact match in percent, of REX-RAG (arXiv 2508.08149) and of Search-R1 trained with GRPO (arXiv 2503.09516, as
+quoted by the former), on Qwen2.5. Which model was evaluated is the reader's to judge; here the set-up is.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from types import MappingProxyType
 
 from rexrag.config import AgentConfig, Config
 from rexrag.data.benchmarks import BENCHMARKS, QuestionSet
+from rexrag.errors import ConfigError
 from rexrag.retrieval.base import Retriever
 
 _ROWS: tuple[tuple[str, tuple[float, ...], float], ...] = (
     ("REX-RAG 3B", (43.9, 60.4, 44.2, 37.4, 39.7, 14.5, 31.2), 38.7),
-    ("Search-R1 3B base", (42.1, 58.3, 41.3, 29.7, 27.4, 6.6, 12.8), 31.2),
-    ("Search-R1 3B instruct", (39.7, 56.6, 39.1, 33.1, 31.0, 12.4, 23.2), 33.6),
+    ("S-R1 3B base", (42.1, 58.3, 41.3, 29.7, 27.4, 6.6, 12.8), 31.2),
+    ("S-R1 3B inst.", (39.7, 56.6, 39.1, 33.1, 31.0, 12.4, 23.2), 33.6),
     ("REX-RAG 7B", (45.5, 62.6, 44.3, 42.2, 43.7, 19.7, 44.8), 43.2),
-    ("Search-R1 7B base", (39.5, 56.0, 38.8, 32.6, 29.7, 12.5, 36.0), 35.0),
-    ("Search-R1 7B instruct", (42.9, 62.3, 42.7, 38.6, 34.6, 16.2, 40.0), 39.6),
+    ("S-R1 7B base", (39.5, 56.0, 38.8, 32.6, 29.7, 12.5, 36.0), 35.0),
+    ("S-R1 7B inst.", (42.9, 62.3, 42.7, 38.6, 34.6, 16.2, 40.0), 39.6),
 )
 PUBLISHED: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
@@ -32,11 +33,17 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = MappingProxyType(
 CORPUS_SIZE = 21_015_324
 """Passages of the Wikipedia 2018 dump that the field searches (DPR, arXiv 2004.04906)."""
 VOUCHED = "wiki18-e5"
-"""What a user may vouch for: the service behind an address is Wikipedia 2018 with E5-base-v2, exact search."""
+"""What a user may vouch for: the service at an address is Wikipedia 2018 with E5-base-v2, exact search."""
 BUDGET: Mapping[str, int] = MappingProxyType(
     {"search_turns": 5, "turn_tokens": 500, "evidence_tokens": 500, "total_tokens": 4096}
 )
 TOPK = 3
+
+
+def check_vouched(name: str) -> None:
+    """Raises ConfigError for anything but nothing and VOUCHED."""
+    if name not in ("", VOUCHED):
+        raise ConfigError(f"--vouch {name}: the only known set-up is {VOUCHED}")
 
 
 def obstacles(config: Config, retriever: Retriever, vouched: str = "") -> list[str]:
@@ -68,9 +75,7 @@ def _search_obstacles(config: Config, retriever: Retriever, vouched: str) -> lis
     if vouched == VOUCHED:
         return []
     if config.retriever.kind == "remote":
-        return [
-            f"corpus and retriever behind {config.retriever.url} cannot be seen (--vouch {VOUCHED} if they are)"
-        ]
+        return [f"what is behind {config.retriever.url} cannot be seen from here (see --vouch {VOUCHED})"]
     documents = len(getattr(retriever, "documents", ()))
     found = []
     if documents != CORPUS_SIZE:

@@ -1,4 +1,4 @@
-"""A cell's rows on disk: one JSON object a question, appended batch by batch, picked up again after a kill."""
+"""A cell's rows on disk: one JSON object a question, appended in batches, picked up again after a kill."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
     OUT/cells/<cell>/          settings.json, records.jsonl
     OUT/audits/<key>.json      which questions the corpus cannot answer
 
-A cell is found again by its key, so the same command goes on after a kill, asks failed questions again, and does
-nothing where everything is there.
+A cell is found again by its key, so the same command goes on after a kill, asks failed questions again, and
+does nothing where everything is there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from rexrag import __version__
 from rexrag.agent.episode import Episode
@@ -90,8 +92,10 @@ class _Runner:
 
     def run(self, missing: Sequence[tuple[Cell, list[Question]]]) -> str:
         """Returns why it stopped early; empty where it did not."""
-        policy = self.plan.policy.load()
         config = self.plan.config
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        policy = self.plan.policy.load()
         _check_prompts(self.plan, policy)
         for cell, questions in missing:
             cues = cue_pool(config.method.cues) if cell.strategy == "reflect" else ()

@@ -125,7 +125,7 @@ def search_o1(bench: Bench, questions: Sequence[Question]) -> list[Attempt]:
 
 
 def reflect(bench: Bench, questions: Sequence[Question]) -> list[Attempt]:
-    """Every answer is doubted once, right or wrong; a reflection that ends without one keeps the first answer.
+    """Every answer is doubted once, right or wrong; a reflection that ends without one keeps the first.
 
     As in training, answers of the forced last turn are not probed. A cue is drawn by the question alone.
     """

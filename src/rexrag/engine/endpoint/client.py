@@ -67,7 +67,8 @@ class CompletionClient:
     """Use it as long as the policy lives, from any thread; `close` it at the end.
 
     `url` is what OpenAI clients call the base URL (…/v1); `/completions` is added. Tried again with growing
-    pauses, up to `retries` times: no connection, a time-out, status 429 and 5xx, an answer that is no completion.
+    pauses, up to `retries` times: no connection, a time-out, status 429 and 5xx, an answer that is no
+    completion.
     """
 
     def __init__(

@@ -132,7 +132,7 @@ class EndpointSession:
                 return  # the server wrote past the action
 
     def _tokens(self, prefix: list[int], limit: int, temperature: float, stream: str) -> list[int]:
-        """The sampled tokens of a turn: at most `limit`, and ended by an end token where the server ended it."""
+        """The sampled tokens of a turn, `limit` at most; an end token is last where the server ended it."""
         codec = self.policy.codec
         seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big") >> 1
         done = self.policy.client.complete(prefix, limit, temperature, seed)
