@@ -145,8 +145,11 @@ def _run(
     check_vouched(options["vouch"])
     settings = resolve_config(policy, config, overrides)
     source = open_policy(policy, settings.policy, EndpointOptions(**endpoint))
-    plan = make_plan(source, settings, Choices(**choices), out or Path("runs/eval") / _slug(source.name))
-    return run(plan, Options(**options), progress) | {"out": str(plan.out)}
+    try:
+        plan = make_plan(source, settings, Choices(**choices), out or Path("runs/eval") / _slug(source.name))
+        return run(plan, Options(**options), progress) | {"out": str(plan.out)}
+    finally:
+        source.close()
 
 
 def _shown(folder: Path, against: list[Path]) -> dict[str, Any]:

@@ -85,7 +85,6 @@ def load_sets(source: str, wanted: Sequence[str] = ()) -> list[QuestionSet]:
     Raises DataError (file, row, field), ConfigError for an unknown set or where a hub needs `datasets`.
     """
     names = [canonical(name) for name in wanted]
-    unknown = [name for name in names if name not in BENCHMARKS]
     path = Path(source).expanduser()
     if path.is_dir():
         found = _from_folder(path, names)
@@ -97,9 +96,8 @@ def load_sets(source: str, wanted: Sequence[str] = ()) -> list[QuestionSet]:
         raise DataError("no such file, folder or hub id (owner/name)", file=source)
     chosen = [one for one in found if not names or one.name in names]
     missing = [name for name in names if name not in {one.name for one in chosen}]
-    if missing and missing[0] in unknown:
-        raise ConfigError(f"--sets {missing[0]}: not known; expected some of {', '.join(BENCHMARKS)}")
     if missing:
+        _refuse_unknown(missing)
         here = ", ".join(one.name for one in found)
         raise DataError(f"no set '{missing[0]}' here{f'; found: {here}' if here else ''}", file=source)
     return chosen
@@ -151,9 +149,16 @@ def _from_folder(folder: Path, names: Sequence[str]) -> list[QuestionSet]:
         return found
     lone = next((folder / name for name in LONE_FILES if (folder / name).is_file()), None)
     if lone is None:
+        _refuse_unknown(names)
         expected = "nq.jsonl, nq/test.jsonl (FlashRAG), test.parquet (Search-R1) or dev.jsonl"
         raise DataError(f"no benchmark in this folder; expected for example {expected}", file=folder)
     return _from_file(lone, canonical(folder.name))
+
+
+def _refuse_unknown(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in BENCHMARKS:
+            raise ConfigError(f"--sets {name}: not known; expected some of {', '.join(BENCHMARKS)}")
 
 
 def _file_of(folder: Path, name: str) -> Path | None:

@@ -140,6 +140,11 @@ class Bench:
             if session is None:
                 own.close()
 
+    def said(self, episode: WatchedEpisode) -> str:
+        """The response without its end tokens, for a further prompt."""
+        codec = self.policy.codec
+        return codec.decode([token for token in episode.tokens if token not in codec.eos_ids])
+
     def search(self, queries: Sequence[str]) -> list[list[Document]]:
         return self.retriever.search(queries, self.config.retriever.topk) if queries else []
 
@@ -148,6 +153,11 @@ class NoRetriever:
     """Stands in where no strategy searches."""
 
     digest = "none"
+
+    def said(self, episode: WatchedEpisode) -> str:
+        """The response without its end tokens, for a further prompt."""
+        codec = self.policy.codec
+        return codec.decode([token for token in episode.tokens if token not in codec.eos_ids])
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Document]]:
         raise RetrievalError("this evaluation has no retriever")

@@ -32,7 +32,7 @@ class PolicySource:
     name: str
     digest: str
     load: Callable[[], Policy]
-    endpoint: bool = False
+    close: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,10 @@ def open_policy(policy: str, config: PolicyConfig, options: EndpointOptions) -> 
             retries=options.retries,
         )
         return PolicySource(
-            f"{served.client.model} at {served.client.url}", served.digest, lambda: served, True
+            f"{served.client.model} at {served.client.url}",
+            served.digest,
+            lambda: served,
+            served.client.close,
         )
     if options.model or options.tokenizer:
         raise ConfigError("--model and --tokenizer belong to an endpoint: --policy http://127.0.0.1:8000/v1")

@@ -78,10 +78,10 @@ def ircot(bench: Bench, questions: Sequence[Question]) -> list[Attempt]:
         episodes = {i: _thinking(bench, attempts[i], thoughts[i]) for i in live}
         bench.run(episodes.values(), turn)
         for i, episode in episodes.items():
-            sentence = _first_sentence(bench.policy.codec.decode(episode.tokens))
+            sentence = _first_sentence(bench.said(episode))
             _count(attempts[i], episode, bench, start)
             attempts[i].answer = extract_answer(sentence)
-            thoughts[i].append(_THINK.sub(" ", neutralise(sentence)).strip() or questions[i].text)
+            thoughts[i].append(neutralise(_THINK.sub(" ", sentence)).strip() or questions[i].text)
         live = [i for i in live if attempts[i].answer is None and not attempts[i].failure]
     last = {i: bench.reading("rag", questions[i], _newest(attempts[i].documents)) for i in live}
     bench.run(last.values(), bench.config.agent.search_turns)
@@ -112,7 +112,7 @@ def search_o1(bench: Bench, questions: Sequence[Question]) -> list[Attempt]:
             found[i] = _merged(found[i], passages[i])
             if reader.failure:
                 continue
-            text = _THINK.sub(" ", bench.policy.codec.decode(reader.tokens)).strip()
+            text = _THINK.sub(" ", bench.said(reader)).strip()
             episodes[i].resume([Document("condensed", f'"{episodes[i].query}"\n{text}')])
         live = [i for i in live if not readers[i].failure]
         turn += 2
@@ -229,7 +229,7 @@ def _thinking(bench: Bench, attempt: Attempt, thoughts: Sequence[str]) -> Watche
 
 
 def _condensing(bench: Bench, episode: WatchedEpisode, documents: Sequence[Document]) -> WatchedEpisode:
-    said = bench.policy.codec.decode(episode.tokens)[-REASONING_CHARACTERS:]
+    said = bench.said(episode)[-REASONING_CHARACTERS:]
     thoughts = " ".join(neutralise(said).split())
     return bench.reading("refine", episode.question, documents, thoughts=thoughts, query=episode.query)
 

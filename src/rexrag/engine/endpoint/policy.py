@@ -64,16 +64,23 @@ def connect(
     Raises ConfigError where there is a choice or no tokenizer, EndpointError where nobody answers.
     """
     client = CompletionClient(url, model, timeout=timeout, retries=retries, sleep=sleep)
-    if not model:
-        names = client.models()
-        if len(names) > 1:
-            raise ConfigError(f"{client.url} offers {', '.join(names)}: choose one with --model")
-        client.model = names[0]
     try:
+        client.model = model or _only_model(client)
         codec = load_codec(tokenizer or client.model)
     except ModelError as error:
+        client.close()
         raise ConfigError(f"{error}; name the model's tokenizer with --tokenizer FOLDER-OR-ID") from None
+    except BaseException:
+        client.close()
+        raise
     return EndpointPolicy(client, codec, concurrency)
+
+
+def _only_model(client: CompletionClient) -> str:
+    names = client.models()
+    if len(names) > 1:
+        raise ConfigError(f"{client.url} offers {', '.join(names)}: choose one with --model")
+    return names[0]
 
 
 class EndpointSession:
