@@ -175,9 +175,10 @@ def served(files, monkeypatch):
     monkeypatch.setattr(client, "pause", lambda *arguments: 0.0)
     tokenizer = resolve("embedded")
     codec = load_codec(tokenizer)
-    model = scripted(lambda prompt: "<answer> x </answer>", codec.decode, codec.encode)
+    model = scripted(lambda prompt: "<answer> again </answer>", codec.decode, codec.encode)
     server = CompletionsServer(model, codec.decode)
-    folder, _ = files
+    folder, write = files
+    write("train.jsonl", *({"id": i, "question": "Who?", "answers": ["again"]} for i in range(4)))
     with running(server.app) as url:
         words = [
             "eval",

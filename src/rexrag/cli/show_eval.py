@@ -184,7 +184,7 @@ def _published(result: dict[str, Any], way: str) -> Any:
     names = (name.replace(" ", "\n", 1) for name in result["published"])
     columns = ("set", f"this\n{way}", *names)
     return table(
-        "EM in percent beside published numbers (n/c: not comparable; S-R1: Search-R1)",
+        "EM in percent beside published numbers (n/c: not comparable)",
         columns,
         rows,
         narrow=True,

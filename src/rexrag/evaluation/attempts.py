@@ -154,10 +154,5 @@ class NoRetriever:
 
     digest = "none"
 
-    def said(self, episode: WatchedEpisode) -> str:
-        """The response without its end tokens, for a further prompt."""
-        codec = self.policy.codec
-        return codec.decode([token for token in episode.tokens if token not in codec.eos_ids])
-
     def search(self, queries: Sequence[str], topk: int) -> list[list[Document]]:
         raise RetrievalError("this evaluation has no retriever")
