@@ -333,3 +333,16 @@ def test_rows_of_records_are_read_back(files):
     assert len(rows) == N and all(row["trace"] and row["stop"] == "answer" for row in rows.values())
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["policy_name"] == "fake" and settings["agent"]["search_turns"] == 2
+
+
+def test_reflection_does_not_depend_on_the_batch(files):
+    """Cues are drawn by the question, so a resumed evaluation is the one that was not stopped."""
+
+    def traces(out, batch):
+        made = plan(files, Counting(), out, strategies=["reflect"])
+        run(made, Options(batch=batch, audit=False))
+        rows = read_records(made.out / "cells" / made.cells[0].name)
+        return {group: row["trace"] for group, row in rows.items()}
+
+    one, other = traces("one", 12), traces("other", 5)
+    assert one == other and len({text[1] for text in one.values()}) > 1

@@ -9,6 +9,7 @@ import typer
 
 from rexrag.cli import evaluation, models, tools, training
 from rexrag.errors import RexragError
+from rexrag.io import printable
 
 app = typer.Typer(
     name="rexrag",
@@ -47,7 +48,7 @@ def main() -> None:
     except RexragError as error:
         if debug:
             traceback.print_exc()
-        print(f"rexrag: {error}", file=sys.stderr)
+        print(f"rexrag: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("rexrag: interrupted", file=sys.stderr)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from rexrag.config import Config
+from rexrag.io import printable
 
 QUIET_SECONDS = 10.0
 """Where the output is no terminal, a line of progress this often."""
@@ -101,7 +102,7 @@ def table(
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if words or i == 0 else "right", overflow="fold")
     for row in rows:
-        drawn.add_row(*(escape(str(cell)) for cell in row))
+        drawn.add_row(*(escape(printable(str(cell))) for cell in row))
     return drawn
 
 

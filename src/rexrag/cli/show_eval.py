@@ -20,6 +20,7 @@ from rich.progress import (
 from rexrag.cli.show import QUIET_SECONDS, format_interval, format_points, table
 from rexrag.data.benchmarks import BENCHMARKS
 from rexrag.evaluation.plan import Cell
+from rexrag.io import printable
 
 PUBLISHED_TITLES = {**{name: known.title for name, known in BENCHMARKS.items()}, "macro": "Avg"}
 
@@ -70,11 +71,11 @@ class EvalProgress:
             f"  failed {self.failed}" if self.failed else ""
         )
         if self.live is not None:
-            self.live.update(self.task, description=escape(label), completed=self.done, note=note)
+            self.live.update(self.task, description=_plain(label), completed=self.done, note=note)
         elif time.monotonic() - self.last > QUIET_SECONDS:
             self.last = time.monotonic()
             eta = (self.last - self.start) / self.done * (self.total - self.done)
-            self.console.print(f"{self.done:,}/{self.total:,}  {escape(label)}  {note}  eta {eta:.0f} s")
+            self.console.print(f"{self.done:,}/{self.total:,}  {_plain(label)}  {note}  eta {eta:.0f} s")
 
     def stop(self) -> None:
         if self.live is not None:
@@ -85,7 +86,7 @@ class EvalProgress:
 def print_evaluation(console: Console, result: dict[str, Any]) -> None:
     """All tables of an evaluation, in the order in which one reads them; each fits 80 columns."""
     ways = list(dict.fromkeys(cell["way"] for cell in result["cells"]))
-    console.print(f"policy {escape(result['policy']['name'])}")
+    console.print(f"policy {_plain(result['policy']['name'])}")
     for way in ways:
         console.print(_scores(result, way))
         console.print(_costs(result, way))
@@ -95,7 +96,7 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
     if any(cell["set"] in BENCHMARKS for cell in result["cells"]):
         console.print(_published(result, shown))
         for line in _reasons(result, shown):
-            console.print(f"  {escape(line)}")
+            console.print(f"  {_plain(line)}")
     _print_failures(console, result["failures"])
     console.print(f"figures {result['out']}/eval.json, one row a question in its cells/*/records.jsonl")
 
@@ -210,6 +211,11 @@ def _reasons(result: dict[str, Any], way: str) -> list[str]:
     ]
 
 
+def _plain(text: str) -> str:
+    """Text of servers and files: no markup, no control characters."""
+    return escape(printable(text))
+
+
 def _share(value: float) -> str:
     return f"{value:.3f}".replace("0.", ".", 1) if value < 1 else f"{value:.3f}"
 
@@ -219,7 +225,7 @@ def _print_failures(console: Console, failures: dict[str, Any]) -> None:
         return
     console.print(
         f"{failures['failed']:,} of {failures['rows']:,} rows failed, {failures['unasked']:,} were not asked"
-        + (f"; stopped after {escape(failures['stopped'])}" if failures["stopped"] else "")
+        + (f"; stopped after {_plain(failures['stopped'])}" if failures["stopped"] else "")
     )
     for reason, count in failures["reasons"].items():
-        console.print(f"  {count:,} × {escape(reason)}")
+        console.print(f"  {count:,} × {_plain(reason)}")

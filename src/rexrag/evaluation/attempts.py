@@ -101,6 +101,8 @@ class Bench:
     temperature: float = 0.0
     seed: int = 0
     cues: tuple[str, ...] = ()
+    cue_seed: int = 0
+    """With a question's group, what a cue is drawn by: the same in every batch."""
 
     def episode(self, question: Question, pauses: bool = False) -> WatchedEpisode:
         """The training's own episode."""

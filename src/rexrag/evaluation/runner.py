@@ -99,7 +99,9 @@ class _Runner:
         _check_prompts(self.plan, policy)
         for cell, questions in missing:
             cues = cue_pool(config.method.cues) if cell.strategy == "reflect" else ()
-            bench = Bench(policy, self.plan.retriever, config, cell.temperature, cues=cues)
+            bench = Bench(
+                policy, self.plan.retriever, config, cell.temperature, cues=cues, cue_seed=self.plan.seed
+            )
             strategy = STRATEGIES[cell.strategy]
             strategy = strategy if cell.votes == 1 else voted(strategy, cell.votes)
             size = max(1, self.options.batch // cell.votes)

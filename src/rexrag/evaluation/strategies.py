@@ -252,5 +252,5 @@ def _newest(documents: Sequence[Document]) -> list[Document]:
 
 
 def _drawn(bench: Bench, question: Question) -> int:
-    digest = hashlib.sha256(f"{bench.seed}/{question.group}/cue".encode()).digest()
+    digest = hashlib.sha256(f"{bench.cue_seed}/{question.group}/cue".encode()).digest()
     return int.from_bytes(digest[:8], "big") % len(bench.cues)
