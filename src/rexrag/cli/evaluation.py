@@ -138,13 +138,15 @@ def _run(
     progress: Any,
 ) -> dict[str, Any]:
     from rexrag.evaluation.plan import Choices, make_plan
-    from rexrag.evaluation.policies import EndpointOptions, open_policy, resolve_config
+    from rexrag.evaluation.policies import EndpointOptions, is_endpoint, open_policy, resolve_config
     from rexrag.evaluation.published import check_vouched
     from rexrag.evaluation.runner import Options, run
 
     check_vouched(options["vouch"])
     settings = resolve_config(policy, config, overrides)
     source = open_policy(policy, settings.policy, EndpointOptions(**endpoint))
+    if is_endpoint(policy):  # a batch ends with its slowest rollout, so it holds several rounds of them
+        options["batch"] = max(options["batch"], 4 * endpoint["concurrency"])
     try:
         plan = make_plan(source, settings, Choices(**choices), out or Path("runs/eval") / _slug(source.name))
         return run(plan, Options(**options), progress) | {"out": str(plan.out)}

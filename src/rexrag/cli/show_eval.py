@@ -32,7 +32,7 @@ class EvalProgress:
         self.console = console
         self.live: Progress | None = None
         self.task: Any = None
-        self.total = self.done = self.failed = 0
+        self.total = self.done = self.answered = self.failed = 0
         self.right = 0.0
         self.cell: Cell | None = None
         self.start = self.last = time.monotonic()
