@@ -216,9 +216,20 @@ def test_paired_differences(files):
     _, theirs = load_evaluation(files / "a")
     assert compare(ours, theirs, "a")[0]["em"] == row["em"]
     (files / "q.jsonl").write_text(json.dumps({"id": "z", "question": "z", "answers": ["z"]}) + "\n")
-    with pytest.raises(ConfigError, match="shares no question"):
+    with pytest.raises(ConfigError, match="holds none of the sets q"):
         run(plan(files, Counting(right=lambda i: True), "c", strategies=["direct"], digest="c"),
             Options(against=(files / "a",)))  # fmt: skip
+
+
+def test_a_vote_is_compared_with_the_same_strategy_and_other_sets_are_refused_at_once(files):
+    run(plan(files, Counting(), "a", strategies=["direct", "agent"]), Options())
+    result = run(plan(files, Counting(), "b", votes=3), Options(against=(files / "a",)))
+    assert [(row["way"], row["other"]) for row in result["paired"]] == [("agent ×3", "agent")]
+    (files / "r.jsonl").write_text(json.dumps({"question": "z", "answers": ["z"]}) + "\n")
+    policy = Counting()
+    with pytest.raises(ConfigError, match="holds none of the sets r"):
+        run(plan(files, policy, "c", data=[str(files / "r.jsonl")]), Options(against=(files / "a",)))
+    assert policy.loads == 0
 
 
 def test_every_way_is_compared_with_the_first(files):

@@ -53,15 +53,15 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Rows of differences for every (set, way) that both hold, and a macro average for each way.
 
-    Where the other evaluation has a single way, every one of ours is compared with it. Raises ConfigError
-    where they share no question.
+    A way is compared with the other's same way, else with the same strategy without votes, else with the
+    other's first way. Raises ConfigError where they share no question.
     """
-    lone = {way for _, way in theirs}
+    known = list(dict.fromkeys(way for _, way in theirs))
     rows: list[dict[str, Any]] = []
     for way in dict.fromkeys(way for _, way in ours):
-        other = way if any(w == way for _, w in theirs) else next(iter(lone)) if len(lone) == 1 else None
+        other = next((w for w in (way, way.partition(" ×")[0]) if w in known), known[0] if known else "")
         shared = [name for name, w in ours if w == way and (name, other) in theirs]
-        pairs = [(ours[name, way], theirs[name, str(other)]) for name in shared]
+        pairs = [(ours[name, way], theirs[name, other]) for name in shared]
         found = []
         for name, pair in zip(shared, pairs, strict=True):
             values = {score: difference(*pair, score) for score in SCORES}

@@ -24,7 +24,7 @@ from rexrag import __version__
 from rexrag.agent.episode import Episode
 from rexrag.agent.prompts import cue_pool
 from rexrag.engine.base import Policy
-from rexrag.errors import RetrievalError, RunFolderError
+from rexrag.errors import ConfigError, RetrievalError, RunFolderError
 from rexrag.evaluation.attempts import Attempt, Bench
 from rexrag.evaluation.audit import Audit, audit
 from rexrag.evaluation.paired import compare, load_evaluation, macro
@@ -66,6 +66,11 @@ class Options:
 def run(plan: Plan, options: Options, observer: Observer | None = None) -> dict[str, Any]:
     """Complete every cell and return what `eval.json` holds. Raises RexragError; rows are safe by then."""
     others = {str(folder): load_evaluation(folder)[1] for folder in options.against}
+    for label, theirs in others.items():
+        if not plan.sets.keys() & {name for name, _ in theirs}:
+            raise ConfigError(
+                f"{label}: holds none of the sets {', '.join(plan.sets)}, so nothing can be compared"
+            )
     rows = _open_cells(plan, options.fresh)
     missing = [(cell, _missing(cell, rows[cell.name])) for cell in plan.cells]
     total = sum(len(questions) for _, questions in missing)
@@ -76,6 +81,7 @@ def run(plan: Plan, options: Options, observer: Observer | None = None) -> dict[
         gone = _Runner(plan, options, rows, observer).run(missing)
     audits = _audits(plan, observer) if options.audit else {}
     result = _result(plan, options, rows, audits, gone)
+    write_json(plan.out / "eval.json", result | {"paired": []})  # figures are safe whatever comes after
     result["paired"] = _paired(plan, rows, others)
     write_json(plan.out / "eval.json", result)
     return result
