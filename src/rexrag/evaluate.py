@@ -1,4 +1,7 @@
-"""Greedy evaluation with intervals: the same episode as in training, on questions nobody trained on."""
+"""Greedy evaluation with intervals: the same episode as in training, on questions nobody trained on.
+
+Scoring and figures are here once, for evaluations during training and for `rexrag eval` (`evaluation/`).
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from rexrag.agent.episode import Episode
-from rexrag.agent.reward import f1
+from rexrag.agent.reward import score_answer
 from rexrag.config import Config
 from rexrag.engine.base import Policy
 from rexrag.intervals import interval
 from rexrag.retrieval.base import Retriever
-from rexrag.types import Origin, Question, Rollout
+from rexrag.types import Origin, Question, Rollout, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,23 @@ class Evaluation:
 
     rollouts: list[Rollout]
     figures: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One answered (or unanswered) question: scores as fractions in [0, 1], and what it took."""
+
+    question: Question
+    answer: str | None
+    em: float
+    f1: float
+    sub_em: float
+    searches: int
+    """Searches that were run."""
+    tokens: int
+    """Tokens the policy wrote."""
+    invalid: int
+    """Turns without a valid action."""
 
 
 def evaluate(
@@ -43,29 +63,54 @@ def evaluate(
         rollouts = [episode.rollout() for episode in episodes]
     finally:
         session.close()
-    return Evaluation(rollouts, {**figures(rollouts), "seconds": time.perf_counter() - start})
+    rows = [scored_rollout(rollout) for rollout in rollouts]
+    return Evaluation(rollouts, {**figures(rows), "seconds": time.perf_counter() - start})
 
 
-def figures(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """EM and F1 with 95 % bootstrap intervals, EM by hops, searches, unanswered share, tokens written.
+def scored_rollout(rollout: Rollout) -> Scored:
+    """The scores of a finished rollout."""
+    searches = searches_run(rollout.turns, rollout.forced_last_turn)
+    written = rollout.count(Origin.POLICY)
+    return scored(rollout.question, rollout.answer, searches, written, invalid_turns(rollout.turns))
+
+
+def scored(question: Question, answer: str | None, searches: int, tokens: int, invalid: int) -> Scored:
+    """An answer's EM, F1 and sub-EM beside what it took."""
+    score = score_answer(answer, question.answers)
+    return Scored(question, answer, score.em, score.f1, score.sub_em, searches, tokens, invalid)
+
+
+def searches_run(turns: Sequence[Turn], forced_last_turn: bool) -> int:
+    """How many searches of a rollout were run: one in the forced last turn is not."""
+    return sum(turn.action == "search" for turn in (turns[:-1] if forced_last_turn else turns))
+
+
+def invalid_turns(turns: Sequence[Turn]) -> int:
+    return sum(turn.action is None for turn in turns)
+
+
+def figures(rows: Sequence[Scored]) -> dict[str, Any]:
+    """EM, F1, sub-EM with 95 % bootstrap intervals, EM by hops; means of searches, tokens, invalid turns.
 
     `em_by_question` keeps the order of the questions, so that two evaluations can be compared in pairs.
     """
-    em = [rollout.em for rollout in rollouts]
+    em = [row.em for row in rows]
     by_hops = {
-        str(hops): interval([r.em for r in rollouts if r.question.hops == hops])
-        for hops in sorted({r.question.hops for r in rollouts} - {0})
+        str(hops): interval([r.em for r in rows if r.question.hops == hops])
+        for hops in sorted({r.question.hops for r in rows} - {0})
     }
     return {
         "em": interval(em),
-        "f1": interval([0.0 if r.answer is None else f1(r.answer, r.question.answers) for r in rollouts]),
+        "f1": interval([row.f1 for row in rows]),
+        "sub_em": interval([row.sub_em for row in rows]),
         "by_hops": by_hops,
-        "searches": _mean([sum(t.action == "search" for t in r.turns) for r in rollouts]),
-        "unanswered": _mean([r.answer is None for r in rollouts]),
-        "tokens": _mean([r.count(Origin.POLICY) for r in rollouts]),
+        "searches": mean([row.searches for row in rows]),
+        "unanswered": mean([row.answer is None for row in rows]),
+        "tokens": mean([row.tokens for row in rows]),
+        "invalid": mean([row.invalid for row in rows]),
         "em_by_question": em,
     }
 
 
-def _mean(values: Sequence[float | int | bool]) -> float:
+def mean(values: Sequence[float | int | bool]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
