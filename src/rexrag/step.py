@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -27,13 +27,14 @@ from rexrag.method.samples import Row, Streams, correct, make_samples, pad, row_
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Origin, Question, Rollout, Sample
 
+Score = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]], float], list[Tensor]]
+"""`engine.base.Policy.score`."""
+
 
 @dataclass(frozen=True, slots=True)
-class Collected:
-    """What a step drew and kept. `rows`, `groups`, `streams` and `advantages` cover base + kept probes."""
+class Corrected:
+    """What a step kept, ready to train on. `rows`, `groups`, `streams`, `advantages`: base + kept probes."""
 
-    base: list[Rollout]
-    probes: list[Rollout]
     scores: Tensor
     kept: Tensor
     rows: list[Row]
@@ -41,11 +42,22 @@ class Collected:
     streams: Streams
     advantages: Tensor
     samples: list[Sample]
+    scored_tokens: int
+    """Read by the model once more, to score spliced rows."""
+    seconds: dict[str, float]
+    """Of each phase, so far as it was done here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collected(Corrected):
+    """What a step drew, and what it kept."""
+
+    base: list[Rollout]
+    probes: list[Rollout]
     generated_tokens: int
     prefilled_tokens: int
     probing_tokens: int
     """Read by the model for probing alone: cues, evidence of probes, spliced rows scored again."""
-    seconds: dict[str, float]
 
 
 def collect(
@@ -78,11 +90,11 @@ def collect(
         clock.lap("rollout")
 
         # §2.2–2.4 Dead ends, a coin and a cue for each, and the same policy goes on from the cut.
-        drawn = _plan(base, group_of, method, trie, generator)
-        made = [(plan, _fork(episodes[plan.parent], plan, trie)) for plan in drawn]
+        made = [
+            fork_probe(episodes[p.parent], p, trie) for p in plan(base, group_of, method, trie, generator)
+        ]
         # A cue that no longer fits the window leaves nothing to go on with.
-        alive = [(plan, fork) for plan, fork in made if fork.state is not State.DONE]
-        plans, forks = [plan for plan, _ in alive], [fork for _, fork in alive]
+        forks = [fork for fork in made if fork.state is not State.DONE]
         session.run(forks, retriever, agent.temperature, seed + 1)
         probes = [fork.rollout() for fork in forks]
         clock.lap("probe")
@@ -90,17 +102,49 @@ def collect(
     finally:
         session.close()
 
-    # §3 Filter: keep the best ⌊ρ·N_base⌋.
+    corrected = correct_rollouts(
+        base, group_of, probes, policy.score, trie, config, keep_ratio, generator,
+        None if learner_policy is None else learner_policy.score,
+    )  # fmt: skip
+    scored = corrected.scored_tokens
+    known = {field.name: getattr(corrected, field.name) for field in fields(Corrected)}
+    return Collected(
+        **known | {"seconds": clock.seconds | corrected.seconds},
+        base=base,
+        probes=probes,
+        generated_tokens=generated,
+        prefilled_tokens=prefilled + scored,
+        probing_tokens=prefilled - base_prefilled + scored,
+    )
+
+
+def correct_rollouts(
+    base: Sequence[Rollout],
+    group_of: Sequence[int],
+    probes: Sequence[Rollout],
+    score: Score,
+    trie: CueTrie | None,
+    config: Config,
+    keep_ratio: float,
+    generator: torch.Generator,
+    learner_score: Score | None = None,
+) -> Corrected:
+    """Filter, correction, advantages: METHOD §3, for rollouts of any engine.
+
+    group_of: the question of each base rollout. Probes name their base rollout in `parent`.
+    """
+    method, clock = config.method, _Clock()
+    # Keep the best ⌊ρ·N_base⌋.
     scores = _scores(probes, method, generator)
     keep = len(probes) if method.filter == "none" else keep_count(len(base), keep_ratio)
     kept = keep_probes(scores, keep)
-    chosen = [(plan, probe) for plan, probe, k in zip(plans, probes, kept.tolist(), strict=True) if k]
+    chosen = [probe for probe, k in zip(probes, kept.tolist(), strict=True) if k]
 
-    # §3 Correction: rows, densities, weights and masks; then group-relative advantages.
-    rollouts = [*base, *(probe for _, probe in chosen)]
-    groups = [*group_of, *(group_of[plan.parent] for plan, _ in chosen)]
-    rows, scored = _rows(base, chosen, method, policy, agent.temperature)
-    rows, weight = _match(rows, method, learner_policy, agent.temperature)
+    # Rows, densities, weights and masks; then group-relative advantages.
+    rollouts = [*base, *chosen]
+    groups = [*group_of, *(group_of[_parent(probe)] for probe in chosen)]
+    rows, scored = _rows(base, chosen, method, score, config.agent.temperature)
+    rows, weight = _match(rows, method, learner_score, config.agent.temperature)
     clock.lap("score")
     streams = correct(pad(rows, groups, [rollout.em == 1.0 for rollout in rollouts]), method, trie)
     if weight is not None:
@@ -111,30 +155,17 @@ def collect(
     )
     samples = make_samples(rows, groups, streams, advantages)
     clock.lap("correct")
-    return Collected(
-        base,
-        probes,
-        scores,
-        kept,
-        rows,
-        groups,
-        streams,
-        advantages,
-        samples,
-        generated,
-        prefilled + scored,
-        prefilled - base_prefilled + scored,
-        clock.seconds,
-    )
+    return Corrected(scores, kept, rows, groups, streams, advantages, samples, scored, clock.seconds)
 
 
-def _plan(
+def plan(
     base: Sequence[Rollout],
     groups: Sequence[int],
     method: MethodConfig,
     trie: CueTrie | None,
     generator: torch.Generator,
 ) -> list[ProbePlan]:
+    """Which base rollouts are probed, and with which cue. METHOD §2.2–2.4."""
     if not method.probe:
         return []
     right = [rollout.em == 1.0 for rollout in base]
@@ -148,9 +179,15 @@ def _plan(
     return plan_probes(dead, method.probe_probability, None if trie is None else len(trie), generator)
 
 
-def _fork(episode: Episode, plan: ProbePlan, trie: CueTrie | None) -> Episode:
-    cue = () if plan.cue is None or trie is None else trie.cues[plan.cue]
-    return episode.fork(cue, plan.cue, plan.parent)
+def fork_probe(episode: Episode, planned: ProbePlan, trie: CueTrie | None) -> Episode:
+    """The probe of a finished base rollout, cut and cued; DONE at once where the cue does not fit."""
+    cue = () if planned.cue is None or trie is None else trie.cues[planned.cue]
+    return episode.fork(cue, planned.cue, planned.parent)
+
+
+def _parent(probe: Rollout) -> int:
+    assert probe.parent is not None
+    return probe.parent
 
 
 def _scores(probes: Sequence[Rollout], method: MethodConfig, generator: torch.Generator) -> Tensor:
@@ -166,30 +203,30 @@ def _scores(probes: Sequence[Rollout], method: MethodConfig, generator: torch.Ge
 
 def _rows(
     base: Sequence[Rollout],
-    chosen: Sequence[tuple[ProbePlan, Rollout]],
+    chosen: Sequence[Rollout],
     method: MethodConfig,
-    policy: Policy,
+    score: Score,
     temperature: float,
 ) -> tuple[list[Row], int]:
     """The token rows to train on, and how many tokens had to be scored for them."""
     rows = [row_of(rollout) for rollout in base]
     if method.realignment != "internalize":
-        return [*rows, *(row_of(probe) for _, probe in chosen)], 0
-    spliced = [splice(probe, base[plan.parent]) for plan, probe in chosen]
+        return [*rows, *map(row_of, chosen)], 0
+    spliced = [splice(probe, base[_parent(probe)]) for probe in chosen]
     if method.tail == "truncated":
         return [*rows, *spliced], 0
-    logps = policy.score([(row.prompt, row.tokens) for row in spliced], temperature)
+    logps = score([(row.prompt, row.tokens) for row in spliced], temperature)
     spliced = [with_tail_logp(row, logp.tolist()) for row, logp in zip(spliced, logps, strict=True)]
     return [*rows, *spliced], sum(len(row.prompt) + len(row.tokens) for row in spliced)
 
 
 def _match(
-    rows: list[Row], method: MethodConfig, learner_policy: Policy | None, temperature: float
+    rows: list[Row], method: MethodConfig, score: Score | None, temperature: float
 ) -> tuple[list[Row], Tensor | None]:
     """Rows under the learner's own log π_old, and the weight that corrects the sampler's numerics."""
-    if method.mismatch_cap == 0.0 or learner_policy is None:
+    if method.mismatch_cap == 0.0 or score is None:
         return rows, None
-    logps = learner_policy.score([(row.prompt, row.tokens) for row in rows], temperature)
+    logps = score([(row.prompt, row.tokens) for row in rows], temperature)
     matched = [
         replace(
             row,

@@ -200,6 +200,11 @@ class Episode:
             probe.cue, probe.cue_length = cue_index, len(cue)
         return probe
 
+    @property
+    def budget(self) -> int:
+        """Tokens that can still be sampled in this turn (state SAMPLE)."""
+        return self._limit - len(self.tokens)
+
     def rollout(self) -> Rollout:
         """The finished rollout with its answer and reward (state DONE)."""
         if self.stop is None:
