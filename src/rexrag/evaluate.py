@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,25 +47,42 @@ def evaluate(
 
 
 def figures(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """The figures of finished rollouts, in the order of their questions. See `figures_of`."""
+    return figures_of([score_of(rollout) for rollout in rollouts])
+
+
+def score_of(rollout: Rollout) -> dict[str, float]:
+    """What an evaluation keeps of one rollout."""
+    answer, question = rollout.answer, rollout.question
+    return {
+        "em": rollout.em,
+        "f1": 0.0 if answer is None else f1(answer, question.answers),
+        "searches": float(sum(turn.action == "search" for turn in rollout.turns)),
+        "unanswered": float(answer is None),
+        "tokens": float(rollout.count(Origin.POLICY)),
+        "hops": float(question.hops),
+    }
+
+
+def figures_of(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """EM and F1 with 95 % bootstrap intervals, EM by hops, searches, unanswered share, tokens written.
 
-    `em_by_question` keeps the order of the questions, so that two evaluations can be compared in pairs.
+    `em_by_question` keeps the order, so that two evaluations can be compared in pairs.
     """
-    em = [rollout.em for rollout in rollouts]
+    em = [score["em"] for score in scores]
     by_hops = {
-        str(hops): interval([r.em for r in rollouts if r.question.hops == hops])
-        for hops in sorted({r.question.hops for r in rollouts} - {0})
+        str(hops): interval([score["em"] for score in scores if score["hops"] == hops])
+        for hops in sorted({int(score["hops"]) for score in scores} - {0})
     }
+    means = {name: _mean([score[name] for score in scores]) for name in ("searches", "unanswered", "tokens")}
     return {
         "em": interval(em),
-        "f1": interval([0.0 if r.answer is None else f1(r.answer, r.question.answers) for r in rollouts]),
+        "f1": interval([score["f1"] for score in scores]),
         "by_hops": by_hops,
-        "searches": _mean([sum(t.action == "search" for t in r.turns) for r in rollouts]),
-        "unanswered": _mean([r.answer is None for r in rollouts]),
-        "tokens": _mean([r.count(Origin.POLICY) for r in rollouts]),
+        **means,
         "em_by_question": em,
     }
 
 
-def _mean(values: Sequence[float | int | bool]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
