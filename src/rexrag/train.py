@@ -152,7 +152,7 @@ def account(
 
     learned: the learner's figures. seconds: of the whole step.
     """
-    figures = describe(collected) | learned
+    figures = {**describe(collected), **learned}
     progress.step += 1
     progress.generated_tokens += collected.generated_tokens
     progress.prefilled_tokens += collected.prefilled_tokens

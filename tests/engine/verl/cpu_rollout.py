@@ -1,4 +1,4 @@
-"""A rollout engine for verl on transformers' `generate`-free forward (tests only): `rollout.name = "replica"`.
+"""A rollout engine for verl on a transformers model (tests only): `rollout.name = "replica"`.
 
 Requests that wait are decoded together, one padded batch after another, and stop at a stop string. The n-th
 request for the same tokens under the same weights draws the same numbers, in whatever order requests come.

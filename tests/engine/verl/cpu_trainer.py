@@ -1,4 +1,4 @@
-"""What verl's FSDP2 engine needs to run on gloo, and a trainer that keeps what it updated with (tests only)."""
+"""What verl needs to train on gloo, and a trainer that keeps what it updated with (tests only)."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ PLUGINS = ("cpu_platform", "cpu_rollout", "cpu_trainer")
 
 SMALL = {
     "engine": "verl",
+    "policy.device": "cpu",
     "seed": 3,
     "policy.path": "embedded",
     "data.world_people": 24,
@@ -37,6 +38,7 @@ SMALL = {
     "train.evals": 1,
     "train.save_every": 1,
     "train.control": "",
+    "train.log_rollouts": 500,
     "train.max_tokens": 0,
     "verl.gpus_per_node": 2,
     "verl.tensor_parallel": 2,
@@ -76,6 +78,7 @@ def environment(**more: str) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
+        "RAY_raylet_start_wait_time_s": "120",
         **more,
     }
 

@@ -8,6 +8,7 @@
 | `records` | questions and rollouts as plain rows, and back | |
 | `search` | searches of many episodes at once → few requests | |
 | `parts` | what the episodes of a process share | |
+| `drive` | one episode against an engine that samples a turn at once | |
 | `agent` | an episode as an agent loop; a probe is a session of its own | yes |
 | `trainer` | score → filter → correct → write back → a fixed number of updates | yes |
 | `plugin` | what verl imports in each of its processes | yes |

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +26,12 @@ from verl.experimental.agent_loop.agent_loop import (
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
 from rexrag.agent.episode import Episode, State
+from rexrag.engine.verl.drive import drive
 from rexrag.engine.verl.parts import parts_of
 from rexrag.engine.verl.records import AGENT, question_of, rollout_record
-from rexrag.errors import ModelError
 from rexrag.evaluate import score_of
 from rexrag.step import fork_probe, plan
-from rexrag.types import Document, Origin, Rollout
+from rexrag.types import Origin, Rollout
 
 CLOSING_TAGS = ["</search>", "</answer>"]
 STOP_PARAMETERS: dict[str, dict[str, Any]] = {
@@ -40,36 +40,7 @@ STOP_PARAMETERS: dict[str, dict[str, Any]] = {
 }
 """How each rollout engine is told to stop at an action. Another one goes on; the rest is dropped."""
 
-Generate = Callable[[list[int], int], Awaitable[tuple[Sequence[int], Sequence[float]]]]
-"""(token ids so far, how many more at most) -> sampled ids and their log-probs."""
-Search = Callable[[str, int], Awaitable[list[Document]]]
-
 _Worker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class  # verl exports it wrapped by Ray only
-
-
-async def drive(episode: Episode, generate: Generate, search: Search) -> float:
-    """Run an episode to its end; returns the seconds spent searching.
-
-    The log-probs of a cue are not known here: the trainer scores every token later, so 0.0 stands for them.
-    Raises ModelError where the engine samples nothing.
-    """
-    searching = 0.0
-    while episode.state is not State.DONE:
-        if episode.state is State.FORCED:
-            episode.take_forced([0.0] * len(episode.forced))
-        elif episode.state is State.SEARCH:
-            start = time.perf_counter()
-            episode.found(await search(episode.query, episode.topk))
-            searching += time.perf_counter() - start
-        else:
-            tokens, logps = await generate([*episode.prompt, *episode.tokens], episode.budget)
-            if not tokens:
-                raise ModelError(f"the rollout engine sampled nothing after {len(episode.tokens)} tokens")
-            for token, logp in zip(tokens, logps, strict=True):
-                episode.sampled(token, logp)
-                if episode.state is not State.SAMPLE:
-                    break
-    return searching
 
 
 class EpisodeOutput(AgentLoopOutput):  # type: ignore[misc]
@@ -90,7 +61,8 @@ class RexragLoop(AgentLoopBase):  # type: ignore[misc]
         config = parts.config
         start = time.perf_counter()
         stop = STOP_PARAMETERS.get(self.rollout_config.name, STOP_PARAMETERS["vllm"])
-        request, seen = uuid.uuid4().hex, {}
+        request = uuid.uuid4().hex
+        seen: dict[str, Any] = {}
 
         async def generate(ids: list[int], limit: int) -> tuple[Sequence[int], Sequence[float]]:
             parameters = {**sampling_params, **stop, "max_tokens": limit, "logprobs": True}

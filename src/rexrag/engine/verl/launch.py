@@ -19,8 +19,8 @@ from rexrag.data.questions import questions_digest
 from rexrag.engine.local.loading import resolve
 from rexrag.engine.verl.checks import check_devices, check_installed, check_retriever, check_settings
 from rexrag.engine.verl.mapping import MODULES, PLUGIN, compose
-from rexrag.engine.verl.records import question_row
-from rexrag.errors import ConfigError, DataError
+from rexrag.engine.verl.records import STATE_FILE, question_row
+from rexrag.errors import CheckpointError, ConfigError, DataError
 from rexrag.io import atomic_folder, write_json, write_jsonl
 from rexrag.retrieval import make_retriever
 from rexrag.retrieval.base import Retriever
@@ -69,6 +69,8 @@ def launch(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]
         }
         tree = compose(served, folder, digests, resume)
         open_run(folder, config, resume)
+        if resume:
+            check_checkpoint(folder / "checkpoints", digests)
         if not resume:
             write_json(folder / "environment.json", environment(**digests))
         name_architecture(source, folder)
@@ -78,6 +80,22 @@ def launch(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]
     row = last_row(folder / "metrics.jsonl")
     counts = {name: row[name] for name in (*COUNTS, "seconds")}
     return summarise(config, folder, Progress(**counts))
+
+
+def check_checkpoint(checkpoints: Path, digests: dict[str, str]) -> None:
+    """Is there a checkpoint to resume from, made with the same data and cue pool? Raises CheckpointError."""
+    try:
+        step = int((checkpoints / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8"))
+        file = checkpoints / f"global_step_{step}" / STATE_FILE
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoints}: no checkpoint to resume from: {error}") from None
+    for name, then in state["digests"].items():
+        if digests.get(name) != then:
+            raise CheckpointError(
+                f"{file}: the run's '{name}' has changed since this checkpoint "
+                f"({then[:12]} then, {digests.get(name, 'nothing')[:12]} now)"
+            )
 
 
 def run(tree: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rexrag.config import Config, dump_toml
+from rexrag.engine.local.loading import LORA_SCALE
 from rexrag.engine.verl.records import AGENT
 from rexrag.errors import ConfigError
 
@@ -70,10 +71,16 @@ TABLE = (
     # what is trained
     _as_is(f"{MODEL}.path", "policy.path"),
     _as_is(f"{MODEL}.lora_rank", "policy.lora_rank"),
-    _from(f"{MODEL}.lora_alpha", "policy.lora_rank", lambda c: 2 * c.policy.lora_rank or 16),
+    _from(f"{MODEL}.lora_alpha", "policy.lora_rank", lambda c: int(LORA_SCALE * c.policy.lora_rank) or 16),
     _fixed(f"{MODEL}.trust_remote_code", False),
     _fixed(f"{ACTOR}.strategy", "fsdp2"),
-    # Master weights stay float32; this is what the passes run in.
+    # Trained weights are kept in float32, frozen ones under a LoRA in bfloat16.
+    _from(
+        f"{ACTOR}.fsdp_config.model_dtype",
+        "policy.lora_rank",
+        lambda c: "bf16" if c.policy.lora_rank else "fp32",
+    ),
+    # What the passes run in.
     _from(f"+{ACTOR}.fsdp_config.mixed_precision.param_dtype", "policy.autocast", lambda c: _passes(c)),
     _fixed(f"+{ACTOR}.fsdp_config.mixed_precision.reduce_dtype", "fp32"),
     _from(f"+{REF}.fsdp_config.mixed_precision.param_dtype", "policy.autocast", lambda c: _passes(c)),
@@ -127,14 +134,11 @@ TABLE = (
     _as_is(f"{ROLLOUT}.max_model_len", "agent.total_tokens"),
     _fixed(f"{ACTOR}.use_dynamic_bsz", True),
     _as_is(f"{ACTOR}.ppo_max_token_len_per_gpu", "verl.tokens_per_gpu"),
-    _from(
-        f"{ROLLOUT}.log_prob_max_token_len_per_gpu",
-        "verl.tokens_per_gpu",
-        lambda c: 2 * c.verl.tokens_per_gpu,
-    ),
-    _from(
-        f"{REF}.log_prob_max_token_len_per_gpu", "verl.tokens_per_gpu", lambda c: 2 * c.verl.tokens_per_gpu
-    ),
+    _as_is(f"{ROLLOUT}.log_prob_max_token_len_per_gpu", "verl.tokens_per_gpu"),
+    _as_is(f"{REF}.log_prob_max_token_len_per_gpu", "verl.tokens_per_gpu"),
+    # Scoring reports an entropy; in one piece it would hold the vocabulary in float32 for every token.
+    _fixed(f"{ACTOR}.entropy_from_logits_with_chunking", True),
+    _fixed(f"{REF}.entropy_from_logits_with_chunking", True),
     # the rollout engine and the agents
     _as_is(f"{ROLLOUT}.name", "verl.rollout"),
     _as_is(f"{ROLLOUT}.tensor_model_parallel_size", "verl.tensor_parallel"),
@@ -211,7 +215,7 @@ def compose(config: Config, folder: Path, digests: dict[str, str], resume: bool 
             )
         with open_dict(tree):
             OmegaConf.update(tree, key.lstrip("+"), value, force_add=True)
-    run = {
+    run: dict[str, Any] = {
         "data.train_files": str(folder / "verl" / "train.jsonl"),
         "data.val_files": str(folder / "verl" / "dev.jsonl"),
         "trainer.default_local_dir": str(folder / "checkpoints"),
@@ -226,6 +230,16 @@ def compose(config: Config, folder: Path, digests: dict[str, str], resume: bool 
         for key, value in run.items():
             OmegaConf.update(tree, key, value, force_add=True)
     return tree
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """verl's whole tree for a dry run, with every reference resolved that can be before a run."""
+    from omegaconf import OmegaConf
+
+    tree = compose(config, Path("RUN"), {})
+    del tree.rexrag
+    plain: dict[str, Any] = OmegaConf.to_container(tree, resolve=True)
+    return plain
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[str]:

@@ -29,7 +29,7 @@ from verl.utils.py_functional import rename_dict
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
 from rexrag.engine.verl.parts import parts_of
-from rexrag.engine.verl.records import AGENT, rollout_of
+from rexrag.engine.verl.records import AGENT, STATE_FILE, rollout_of
 from rexrag.errors import CheckpointError, RetrievalError
 from rexrag.evaluate import figures_of
 from rexrag.io import write_json
@@ -38,7 +38,6 @@ from rexrag.step import Collected, Corrected, correct_rollouts
 from rexrag.train import Progress, account, log_step, next_keep_ratio, position, step_seed
 from rexrag.types import Origin, Rollout
 
-STATE_FILE = "rexrag.json"
 LEARNED = {
     "loss": "actor/loss",
     "grad_norm": "actor/grad_norm",
@@ -302,16 +301,8 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
             state = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: not readable: {error}") from None
-        check_digests(file, state["digests"], self.digests)
         self.progress = Progress(**{f.name: state[f.name] for f in fields(Progress)})
         truncate_logs(self.folder, state["logs"])
-
-
-def check_digests(file: Path, then: dict[str, str], now: dict[str, str]) -> None:
-    """Data and cue pool must be what the checkpoint was made with. Raises CheckpointError."""
-    for name, expected in then.items():
-        if now.get(name) != expected:
-            raise CheckpointError(f"{file}: the run's '{name}' has changed since this checkpoint")
 
 
 def collected(drawn: Drawn, corrected: Corrected) -> Collected:
