@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,6 @@ def environment(**more: str) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
-        "RAY_raylet_start_wait_time_s": "120",
         **more,
     }
 
@@ -94,6 +94,14 @@ def train(folder: Path, *more: str, settings=None, overrides=None, env=None, tim
     """`rexrag train` in a process of its own; stdout and stderr as text."""
     known = options(SMALL | (settings or {}), VERL | (overrides or {}))
     command = [sys.executable, "-m", "rexrag", "train", *known, "--out", str(folder), *more]
-    return subprocess.run(
-        command, env=environment(**(env or {})), capture_output=True, text=True, timeout=timeout, cwd=ROOT
-    )
+    known_env = environment(**(env or {}))
+    for _ in range(3):
+        done = subprocess.run(
+            command, env=known_env, capture_output=True, text=True, timeout=timeout, cwd=ROOT
+        )
+        # Ray gives its own daemons 30 s to come up, which a busy machine does not always manage.
+        if "current node timed out during startup" not in done.stderr:
+            break
+        if "--resume" not in more:
+            shutil.rmtree(folder, ignore_errors=True)
+    return done

@@ -10,12 +10,11 @@ from contextlib import ExitStack
 import pytest
 
 from rexrag.agent.episode import Episode
-from rexrag.config import AgentConfig
+from rexrag.config import AgentConfig, RetrieverConfig
 from rexrag.engine.verl.drive import drive
 from rexrag.engine.verl.launch import serving
 from rexrag.engine.verl.search import BatchedSearch
 from rexrag.errors import ModelError, RetrievalError
-from rexrag.retrieval import make_retriever
 from rexrag.retrieval.client import RemoteRetriever
 from rexrag.types import Question
 from tests.fakes import CharCodec, FakeRetriever, document
@@ -162,10 +161,8 @@ def test_a_retriever_that_dies_in_the_middle_delays_and_loses_nothing(away):
     thread = threading.Thread(target=die_and_return)
     thread.start()
     start = time.monotonic()
-    from rexrag.config import RetrieverConfig
-
-    patience = make_retriever(RetrieverConfig(kind="remote", url=url)).retries
-    rollouts = run_episodes(BatchedSearch(AfterTheDeath(url, retries=patience), 64, 4).search, cities)
+    with AfterTheDeath(url, retries=RetrieverConfig().retries) as retriever:
+        rollouts = run_episodes(BatchedSearch(retriever, 64, 4).search, cities)
     thread.join()
     stack.close()
     assert time.monotonic() - start >= away
