@@ -161,7 +161,13 @@ def test_tools_print_what_they_found(run, files, monkeypatch):
 def test_a_user_s_own_files_train_through_the_same_code(run, tmp_path):
     threads = torch.get_num_threads()
     World(3, 24).write(tmp_path / "data", train=12, held_out=4)
-    small = ["method.rollouts=2", "train.steps=1", "train.control=", "train.max_tokens=0", "train.threads=1"]
+    small = [
+        "method.rollouts=2",
+        "train.steps=1",
+        "train.control=",
+        "train.max_generated=0",
+        "train.threads=1",
+    ]
     paths = [f"data.dev={tmp_path}/data/dev.jsonl", "method.allow_large_alpha=true", *small]
     code, out, err = run("train", *own(tmp_path / "data", *paths), "--out", tmp_path / "run", "--json")
     torch.set_num_threads(threads)

@@ -26,9 +26,13 @@ def pretend(em_of):
         em = em_of(config.arm, config.seed)
         lines = []
         for spent, value in ((0, 0.4), (500, (0.4 + em) / 2), (1040, em)):
-            row = {"step": spent, "spent_tokens": spent, "rollouts": spent, "seconds": spent}
-            row |= {"em": interval([value] * 3), "by_hops": {"1": interval([value] * 3)}}
-            lines.append(json.dumps(row))
+            row = dict.fromkeys(("step", "generated_tokens", "spent_tokens", "rollouts", "seconds"), spent)
+            row |= {"em": interval([value] * 3), "by_hops": {"1": interval([value / 2] * 3)}}
+            lines.append(json.dumps(row | {"set": "held-out"}))
+            lines.append(json.dumps(row | {"set": "fresh", "em": interval([value / 4] * 3)}))
+        steps = [{"ess": 0.5, "probes/drawn": 4.0, "probes/right": 1.0, "probes/kept": 2.0}]
+        steps.append({"ess": 1.0, "probes/drawn": 0.0, "kl_to_start": 0.1})
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
         (folder / "eval.jsonl").write_text("\n".join(lines))
         (folder / "summary.json").write_text(
             json.dumps({"steps": 9, "seconds": 1.0, "em_after": {"value": em}})
@@ -62,6 +66,14 @@ def test_arms_are_compared_in_pairs(tmp_path, monkeypatch):
     assert better["em_difference"]["p"] == pytest.approx(2 / 16)  # four pairs: 2 of 2⁴ signs are as extreme
     assert "em_difference" not in result["arms"]["grpo"]
     assert result["arms"]["grpo"]["em"]["value"] == pytest.approx(0.5 + 0.05 * 2.5 + 0.0005)
+    assert better["em_fresh_difference"]["value"] == pytest.approx(0.02)
+    assert better["em_1_hop_difference"]["value"] == pytest.approx(0.04)
+    assert better["curve"][0] == (0.0, pytest.approx(0.4)) and better["curve"][-1] == (
+        1040.0,
+        pytest.approx(0.7055),
+    )
+    shown = {"ess": 0.75, "probes/success": 0.25, "probes/kept_share": 0.5, "kl_to_start": 0.1}
+    assert better["diagnostics"] == pytest.approx(shown), "a mean over the steps that have the figure"
     assert json.loads((tmp_path / "compare.json").read_text()) == json.loads(json.dumps(result))
 
 
@@ -99,6 +111,7 @@ def test_arms_and_seeds_can_be_added_but_settings_cannot_change(tmp_path, monkey
         ({"arms": ["grpo", "rex-rga"]}, "arm 'rex-rga': there is no such arm; did you mean 'rex-rag'"),
         ({"seeds": ()}, "at least one seed"),
         ({"amount": 0}, "expected a budget above 0"),
+        ({"amount": 100}, "one step of arm 'grpo' draws 160 rollouts; expected a budget of at least 160"),
         ({"arms": ["grpo", "grpo"]}, "different names"),
     ],
 )
@@ -111,6 +124,19 @@ def test_an_arm_that_changes_the_data_is_refused(tmp_path):
     (tmp_path / "cheat.toml").write_text("[data]\ndev_limit = 5\n")
     with pytest.raises(ConfigError, match="changes \\[data\\]"):
         make(["grpo", str(tmp_path / "cheat.toml")])
+
+
+def test_an_arm_from_a_file_is_called_by_its_name_and_runs_inside_the_folder(tmp_path, monkeypatch):
+    own = tmp_path / "elsewhere" / "mine.toml"
+    own.parent.mkdir()
+    own.write_text("[method]\nprobe = false\nrollouts = 7\n")
+    run_one, calls = pretend(lambda arm, seed: 0.5)
+    monkeypatch.setattr(experiment, "_run_one", run_one)
+    work = make(["grpo", str(own)], seeds=(1,))
+    result = experiment.run(work, tmp_path / "out")
+    assert set(result["arms"]) == {"grpo", "mine"} and ("mine", 1) in calls
+    assert work.configs["mine", 1].method.rollouts == 7
+    assert [p.name for p in own.parent.iterdir()] == ["mine.toml"]
 
 
 def test_interval_of_a_known_distribution():

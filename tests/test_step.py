@@ -28,7 +28,7 @@ def script(question, turn, attempt):
     return "</think><search>hard</search>" if turn == 0 else "<think>so</think><answer>Oslo</answer>"
 
 
-def run(*overrides, questions=QUESTIONS, seed=5, said=script):
+def run(*overrides, questions=QUESTIONS, seed=5, said=script, more=None):
     defaults = [
         f"method.rollouts={ROLLOUTS}",
         "method.probe_probability=1.0",
@@ -40,7 +40,8 @@ def run(*overrides, questions=QUESTIONS, seed=5, said=script):
     policy = ScriptedPolicy(said)
     retriever = FakeRetriever({"hard": [document("Oslo", "the answer")]})
     trie = None if config.method.cues == "none" else TRIE
-    return collect(questions, policy, retriever, trie, config, config.method.keep_ratio, seed), policy
+    ratio = config.method.keep_ratio
+    return collect(questions, policy, retriever, trie, config, ratio, seed, more=more), policy
 
 
 def test_dead_ends_are_probed_and_right_answers_are_not():
@@ -190,3 +191,33 @@ def test_a_cue_that_no_longer_fits_is_no_probe():
     )
     policy = ScriptedPolicy(lambda q, turn, attempt: "<answer>Rome</answer>")
     assert collect(QUESTIONS[1:], policy, FakeRetriever(), long_cue, config, 1.0, 0).probes == []
+
+
+def test_dynamic_sampling_asks_on_until_enough_groups_have_signal():
+    """Hard questions alone have no signal; of the next batches one is mixed."""
+
+    def mixed(question, turn, attempt):
+        right = question.id.startswith("mixed") and attempt % 2
+        return "<answer>yes</answer>" if right else "<answer>no</answer>"
+
+    batches = iter(
+        [[Question(f"{kind}-{i}", kind, ("yes",))] for i, kind in enumerate(["hard", "mixed", "mixed"])]
+    )
+    asked = [Question("hard", "hard", ("yes",))]
+    change = ("method.probe=false", "method.dynamic_sampling=4")
+    step, _ = run(*change, questions=asked, said=mixed, more=lambda: next(batches))
+    assert [q.question.id for q in step.base[::ROLLOUTS]] == ["hard", "hard-0", "mixed-1"]
+    assert {sample.group for sample in step.samples} == {2} and len(step.samples) == ROLLOUTS
+    assert step.groups == [0] * 4 + [1] * 4 + [2] * 4
+    limited, _ = run(
+        *change[:1], "method.dynamic_sampling=1", questions=asked, said=mixed, more=lambda: asked
+    )
+    assert len(limited.base) == 2 * ROLLOUTS and limited.samples == []
+
+
+def test_probes_of_later_draws_belong_to_their_own_questions():
+    easy, hard = QUESTIONS
+    step, _ = run("method.dynamic_sampling=1", questions=[easy], more=lambda: [hard])
+    assert [p.parent for p in step.probes] == [4, 5, 6, 7] and step.groups[8:] == [1] * 4
+    assert all(p.question.id == step.base[p.parent].question.id == "hard" for p in step.probes)
+    assert {sample.group for sample in step.samples} == {1}

@@ -100,11 +100,15 @@ def test_a_run_leaves_everything_a_report_needs(tmp_path, fake):
     assert fake[0].learner.updates == 4
 
 
-def test_a_token_budget_stops_the_run(tmp_path, fake):
-    summary = train(config("train.steps=1000", "train.max_tokens=300"), tmp_path / "run")
+@pytest.mark.parametrize(
+    "limit, spent", [("max_generated", "generated_tokens"), ("max_tokens", "spent_tokens")]
+)
+def test_a_token_budget_stops_the_run(tmp_path, fake, limit, spent):
+    summary = train(config("train.steps=1000", f"train.{limit}=300"), tmp_path / "run")
     steps = rows(tmp_path / "run" / "metrics.jsonl")
-    assert steps[-1]["generated_tokens"] >= 300 > steps[-2]["generated_tokens"]
-    assert summary["generated_tokens"] == steps[-1]["generated_tokens"]
+    assert steps[-1][spent] >= 300 > steps[-2][spent]
+    assert summary[spent] == steps[-1][spent]
+    assert summary["spent_tokens"] == summary["generated_tokens"] + summary["prefilled_tokens"]
 
 
 def test_an_interrupt_finishes_the_step_saves_and_can_be_resumed(tmp_path, fake, monkeypatch):
@@ -169,7 +173,7 @@ def test_too_few_questions_are_named_before_anything_is_written(tmp_path, fake):
 
 def test_questions_go_round_in_seeded_epochs():
     questions = [Question(str(i), "", ("",)) for i in range(10)]
-    seen = [q.id for step in (1, 2, 3, 4, 5) for q in questions_of(questions, step, 4, seed=1)]
+    seen = [q.id for asked in (0, 4, 8, 12, 16) for q in questions_of(questions, asked, 4, seed=1)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(q.id for q in questions)
     assert seen[:10] != seen[10:]
     assert step_seed(0, 1, "a") != step_seed(0, 1, "b") != step_seed(1, 1, "b")
@@ -186,7 +190,7 @@ REAL = [
     "train.steps=4",
     "train.save_every=2",
     "train.control=''",
-    "train.max_tokens=0",
+    "train.max_generated=0",
     "train.threads=1",
     "method.rollouts=3",
     "method.probe_probability=1.0",
@@ -218,3 +222,25 @@ def test_two_steps_and_two_more_are_four_bit_for_bit(tmp_path, arm):
     ]
     assert timeless[0] == timeless[1]
     assert torch.get_num_threads() == 1
+
+
+def test_diagnostics_and_a_fresh_world_are_measured_beside_the_budget(tmp_path):
+    small = ["policy.path=embedded", "train.questions=6", "method.rollouts=3", "data.dev_limit=12"]
+    small += [
+        "train.evals=1",
+        "data.fresh_questions=10",
+        "train.diagnose_every=2",
+        "train.steps=3",
+        "train.control=''",
+    ]
+    small += ["method.probe_probability=1.0", "method.keep_ratio=0.5", "train.max_generated=0"]
+    config = presets.resolve(None, "rex-rag", [*small, "method.allow_large_alpha=true"])
+    summary = train(config, tmp_path / "run")
+    steps = rows(tmp_path / "run" / "metrics.jsonl")
+    assert ["kl_to_start" in step for step in steps] == [True, False, True]
+    assert steps[0]["kl_to_start"] == pytest.approx(0.0, abs=1e-6) and steps[2]["kl_to_start"] > 0
+    shares = {name: v for name, v in steps[0].items() if name.startswith("gradient/")}
+    assert sum(shares.values()) == pytest.approx(1.0) and "gradient/cue" in shares
+    sets = [(row["set"], row["step"], row["em"]["n"]) for row in rows(tmp_path / "run" / "eval.jsonl")]
+    assert sets == [("held-out", 0, 12), ("fresh", 0, 10), ("held-out", 3, 12), ("fresh", 3, 10)]
+    assert summary["em_fresh_after"]["n"] == 10 and summary["em_after"]["n"] == 12

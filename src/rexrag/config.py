@@ -25,6 +25,9 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
 class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,7 +36,8 @@ class PolicyConfig(Model):
     """Which weights, and which of them train."""
 
     path: str = "embedded"
-    """A Hugging Face id or folder, or `embedded` / `embedded-easy` for the starts shipped in the package."""
+    """A Hugging Face id or folder, or a start shipped in the package: `embedded` (the hard one),
+    `embedded-middle`, `embedded-easy`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the sampler's weights; the learner keeps float32 master weights."""
     autocast: bool = False
@@ -59,6 +63,8 @@ class DataConfig(Model):
     """Training questions drawn from the world."""
     dev_limit: Count = 300
     """Questions of a held-out evaluation."""
+    fresh_questions: Annotated[int, Field(ge=0)] = 0
+    """Embedded world only: this many questions of a second world are asked too, before and after a run."""
 
 
 class RetrieverConfig(Model):
@@ -106,6 +112,9 @@ class MethodConfig(Model):
     """Probe answers given in the forced last turn too."""
     probe_groups: Literal["all", "all-wrong"] = "all"
     """Probe every group's dead ends, or only where no rollout of the group was right."""
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """DAPO: ask up to this many more batches of questions until as many groups as a step has questions
+    differ in reward, and train on those only; 0 trains on what was drawn."""
     cues: str = "default"
     """Name of a cue pool, or `none`: cut and continue without a cue."""
 
@@ -167,9 +176,11 @@ class TrainConfig(Model):
     steps: Count = 60
     questions: Count = 32
     """Questions a step."""
+    max_generated: Annotated[int, Field(ge=0)] = 0
+    """Stop when this many tokens were generated; those of filtered probes count. 0 is no limit."""
     max_tokens: Annotated[int, Field(ge=0)] = 0
-    """Stop when this many tokens were spent: generated, filtered probes included, plus what probing makes the
-    model read (cues, evidence of probes, rows scored again). 0 is no limit."""
+    """Stop when the sampling model has run this many tokens: generated ones, and all that it had to read
+    (prompts, evidence, cues, rows scored again)."""
     max_rollouts: Annotated[int, Field(ge=0)] = 0
     """Stop when this many rollouts were drawn; a probe counts as one, kept or not."""
     max_seconds: Annotated[float, Field(ge=0.0)] = 0.0
@@ -178,10 +189,14 @@ class TrainConfig(Model):
     """Held-out evaluations spread evenly over the run, beside the one before it; the last is at the end."""
     save_every: Count = 20
     keep_checkpoints: Count = 2
+    diagnose_every: Annotated[int, Field(ge=0)] = 0
+    """Measure gradient norms by segment and the KL to the start every so many steps (not in the budget)."""
     log_rollouts: Annotated[int, Field(ge=0)] = 32
     """Rollouts written per step; probes and their parents first."""
     control: str = ""
     """A second arm trained from the same start and shown beside the first, e.g. `grpo`."""
+    track: tuple[Tracker, ...] = ()
+    """Loggers that get the run's numbers too, for example ["tensorboard"]; `pip install 'rexrag[track]'`."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Torch threads; 0 leaves torch's choice."""
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import torch
+
+from rexrag.config import Config
+from rexrag.engine.base import Learner, Policy
+from rexrag.method.objective import k3_kl
 from rexrag.step import Collected
 from rexrag.types import Origin, Rollout
 
@@ -39,6 +44,25 @@ def describe(step: Collected) -> dict[str, float]:
         figures[f"tokens/{origin.name.lower()}"] = float(count)
     figures |= {f"time/{phase}": seconds for phase, seconds in step.seconds.items()}
     return figures
+
+
+def diagnose(step: Collected, learner: Learner, start: Policy, config: Config) -> dict[str, float]:
+    """What the update that follows will be made of, and how far the policy has come from its start.
+
+    `gradient/<segment>`: its share of the sum of the segments' gradient norms. `kl_to_start`: k3 estimate of
+    KL(π_old ‖ π_start) in nats a token, over the POLICY tokens of the base rollouts (which π_old sampled).
+    """
+    method, temperature = config.method, config.agent.temperature
+    norms = learner.gradient_norms(step.samples, method, temperature)
+    total = sum(norms.values()) or 1.0
+    rows = step.base
+    starts = start.score([(rollout.prompt, rollout.tokens) for rollout in rows], temperature)
+    now = torch.cat([torch.tensor(rollout.logps) for rollout in rows])
+    own = torch.cat([torch.tensor(rollout.origins) == int(Origin.POLICY) for rollout in rows])
+    kl = k3_kl(now[own], torch.cat(starts)[own])
+    return {f"gradient/{name}": norm / total for name, norm in norms.items()} | {
+        "kl_to_start": float(kl.mean()) if len(kl) else 0.0
+    }
 
 
 def _solved(rollouts: list[Rollout]) -> dict[str, list[float]]:

@@ -17,21 +17,24 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
-from rexrag import presets
+from rexrag import presets, prospects
+from rexrag.comparison import Budget, compare, run_folder
 from rexrag.config import Config, dump_toml
 from rexrag.errors import ConfigError, RunFolderError
-from rexrag.intervals import area, interval, paired_p
 from rexrag.io import write_json, write_text
 
-Budget = Literal["rollouts", "tokens", "time"]
-LIMITS: dict[Budget, str] = {"rollouts": "max_rollouts", "tokens": "max_tokens", "time": "max_seconds"}
-SPENT: dict[Budget, str] = {"rollouts": "rollouts", "tokens": "spent_tokens", "time": "seconds"}
+LIMITS: dict[Budget, str] = {
+    "rollouts": "max_rollouts",
+    "generated": "max_generated",
+    "tokens": "max_tokens",
+    "time": "max_seconds",
+}
 ENDLESS = 10**9
 """Steps of a run that only its budget ends."""
+DIAGNOSE_EVERY = 5
+"""Steps between diagnostics of gradients and KL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +66,52 @@ def plan(
         raise ConfigError("--seeds 0: expected at least one seed")
     if amount <= 0:
         raise ConfigError(f"--amount {amount:g}: expected a budget above 0")
-    if len(set(arms)) < len(arms) or not arms:
+    names = [Path(arm).stem if arm.endswith(".toml") else arm for arm in arms]
+    if len(set(names)) < len(names) or not names:
         raise ConfigError(f"--arms {','.join(arms)}: expected different names, at least one")
     configs = {}
-    for arm, seed in product(arms, seeds):
+    for (name, arm), seed in product(zip(names, arms, strict=True), seeds):
         spent = [f"train.{LIMITS[budget]}={int(amount) if budget != 'time' else amount}"]
         fixed = [*spent, f"train.steps={ENDLESS}", f"train.evals={evals}", "train.control=''", f"seed={seed}"]
-        resolved = presets.resolve(config, arm, [*overrides, *fixed, "train.threads=1"])
+        fixed += ["train.threads=1", f"train.diagnose_every={DIAGNOSE_EVERY}"]
+        resolved = presets.resolve(config, arm, [*overrides, *fixed])
         if not resolved.data.train:
-            data = resolved.data.model_copy(update={"world_seed": resolved.data.world_seed + seed})
-            resolved = resolved.model_copy(update={"data": data})
-        configs[arm, seed] = resolved
+            world = resolved.data.world_seed + seed
+            update = {"world_seed": world, "fresh_questions": resolved.data.dev_limit}
+            resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update=update)})
+        _refuse_unreachable(resolved, name, budget, amount)
+        configs[name, seed] = resolved
     for seed in seeds:
-        different = {arm for arm in arms if configs[arm, seed].data != configs[arms[0], seed].data}
+        different = {name for name in names if configs[name, seed].data != configs[names[0], seed].data}
         if different:
             raise ConfigError(f"arm '{min(different)}' changes [data]: arms must share their evaluation data")
-    return Plan(tuple(arms), tuple(seeds), budget, amount, configs)
+    return Plan(tuple(names), tuple(seeds), budget, amount, configs)
+
+
+def _refuse_unreachable(config: Config, arm: str, budget: Budget, amount: float) -> None:
+    """A budget below a single step would only be overshot: every rollout has at least one token."""
+    least = config.train.questions * config.method.rollouts
+    if budget != "time" and amount < least:
+        raise ConfigError(
+            f"--amount {amount:g}: one step of arm '{arm}' draws {least} rollouts; "
+            f"expected a budget of at least {least} {budget}"
+        )
+
+
+def look_ahead(work: Plan, out: Path, questions: int = 150) -> dict[str, prospects.Figure]:
+    """What decides the outcome (see `prospects`), of the first arm's start in the first seed's data.
+
+    Kept in `prospects.json`, so that a comparison that goes on does not ask again.
+    """
+    file = out / "prospects.json"
+    if file.is_file():
+        known: dict[str, prospects.Figure] = json.loads(file.read_text(encoding="utf-8"))
+        return known
+    config = work.configs[work.arms[0], work.seeds[0]]
+    probing = next((c for c in work.configs.values() if c.method.probe and c.method.cues != "none"), config)
+    figures = prospects.examine(config.model_copy(update={"method": probing.method}), questions)
+    write_json(file, figures)
+    return figures
 
 
 def run(
@@ -96,7 +129,7 @@ def run(
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
         waiting: dict[Future[None], tuple[str, int]] = {}
         for key in missing:
-            waiting[pool.submit(_run_one, work.configs[key], _folder(out, *key))] = key
+            waiting[pool.submit(_run_one, work.configs[key], run_folder(out, *key))] = key
         finished = 0
         while waiting:
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
@@ -109,54 +142,9 @@ def run(
                 left = (time.monotonic() - start) / finished * (total - finished)
                 em = _summary(out, arm, seed)["em_after"]["value"]
                 say(f"{finished}/{total}  {arm} seed {seed}: EM {em:.3f}  eta {left:.0f} s")
-    result = compare(work, out)
+    result = compare(out, work.arms, work.seeds, work.budget, work.amount)
     write_json(out / "compare.json", result)
     return result
-
-
-def compare(work: Plan, out: Path) -> dict[str, Any]:
-    """Figures of every arm over seeds, and its paired difference to the first arm."""
-    arms: dict[str, Any] = {}
-    for arm in work.arms:
-        runs = [_figures(_folder(out, arm, seed), work) for seed in work.seeds]
-        arms[arm] = {name: [run[name] for run in runs] for name in runs[0]}
-    control = arms[work.arms[0]]
-    rows = {}
-    for arm, runs in arms.items():
-        rows[arm] = {
-            "em": interval(runs["em"]),
-            "area": interval(runs["area"]),
-            "by_hops": {h: interval([run[h] for run in runs["by_hops"]]) for h in runs["by_hops"][0]},
-            "steps": float(np.mean(runs["steps"])),
-            "seconds": float(np.mean(runs["seconds"])),
-            "runs": runs,
-        }
-        if arm != work.arms[0]:
-            for name in ("em", "area"):
-                pairs = [a - b for a, b in zip(runs[name], control[name], strict=True)]
-                rows[arm][f"{name}_difference"] = interval(pairs) | {"p": paired_p(pairs)}
-    return {
-        "control": work.arms[0],
-        "seeds": list(work.seeds),
-        "budget": work.budget,
-        "amount": work.amount,
-        "arms": rows,
-    }
-
-
-def _figures(folder: Path, work: Plan) -> dict[str, Any]:
-    rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    spent = [row[SPENT[work.budget]] for row in rows]
-    return {
-        "em_before": rows[0]["em"]["value"],
-        "em": rows[-1]["em"]["value"],
-        "area": area(spent, [row["em"]["value"] for row in rows], work.amount),
-        "by_hops": {hops: value["value"] for hops, value in rows[-1]["by_hops"].items()},
-        "spent": spent[-1],
-        "steps": summary["steps"],
-        "seconds": summary["seconds"],
-    }
 
 
 def _run_one(config: Config, folder: Path) -> None:
@@ -202,12 +190,8 @@ def _claim(work: Plan, out: Path) -> None:
         raise RunFolderError(f"{out}: cannot be written: {error.strerror or error}") from None
 
 
-def _folder(out: Path, arm: str, seed: int) -> Path:
-    return out / arm / f"seed-{seed}"
-
-
 def _summary(out: Path, arm: str, seed: int) -> dict[str, Any]:
-    file = _folder(out, arm, seed) / "summary.json"
+    file = run_folder(out, arm, seed) / "summary.json"
     if not file.is_file():
         return {}
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -215,4 +199,4 @@ def _summary(out: Path, arm: str, seed: int) -> dict[str, Any]:
 
 
 def run_folders(work: Plan, out: Path) -> Iterable[Path]:
-    return (_folder(out, arm, seed) for arm, seed in product(work.arms, work.seeds))
+    return (run_folder(out, arm, seed) for arm, seed in product(work.arms, work.seeds))

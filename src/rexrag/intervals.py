@@ -28,6 +28,14 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     return {"value": mean, "low": float(bounds.low), "high": float(bounds.high), "n": len(data)}
 
 
+def share(k: int, n: int) -> dict[str, float]:
+    """{value, low, high, n}: k of n with its 95 % Wilson interval (Wilson 1927); of nothing, 0 in [0, 1]."""
+    if not n:
+        return {"value": 0.0, "low": 0.0, "high": 1.0, "n": 0}
+    bounds = stats.binomtest(k, n).proportion_ci(0.95, "wilson")
+    return {"value": k / n, "low": float(bounds.low), "high": float(bounds.high), "n": n}
+
+
 def paired_p(differences: Sequence[float]) -> float:
     """Two-sided p-value of "no difference" by flipping signs of pairs; exact for few pairs (Fisher 1935)."""
     data = np.asarray(differences, dtype=np.float64)

@@ -19,6 +19,8 @@ from rexrag.retrieval import make_retriever
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Document, Question
 
+FRESH_WORLD = 1_000_003
+"""Distance of a fresh world's seed from that of the world trained in."""
 LONGEST = 200
 """How many of the longest questions are tokenised before a run starts."""
 
@@ -41,6 +43,10 @@ class Setup:
     retriever: Retriever
     data: Data
     trie: CueTrie | None
+    start: Callable[[], Policy] | None = None
+    """Loads the weights that the run starts from, for diagnostics."""
+    fresh: Data | None = None
+    """Questions (`dev`) and corpus of a second fictional world."""
     save_tokenizer: Callable[[Path], object] = lambda folder: None
     """Writes the tokenizer beside the learner's weights, so that a checkpoint is a model folder."""
 
@@ -57,7 +63,7 @@ class Setup:
 
 def build(config: Config) -> Setup:
     """Load everything a run needs, before anything is written. Raises RexragError with one line."""
-    from rexrag.engine.local.loading import load_engine
+    from rexrag.engine.local.loading import load_engine, load_policy
     from rexrag.engine.local.policy import LocalPolicy
 
     if config.engine != "local":
@@ -70,7 +76,17 @@ def build(config: Config) -> Setup:
     cues = load_cues(config, policy.codec)
     codec = policy.codec
     assert isinstance(codec, HFCodec)
-    return Setup(policy, learner, own, retriever, data, cues, codec.tokenizer.save_pretrained)
+    return Setup(
+        policy,
+        learner,
+        own,
+        retriever,
+        data,
+        cues,
+        start=lambda: load_policy(config.policy.model_copy(update={"dtype": "float32"})),
+        fresh=fresh_world(config.data),
+        save_tokenizer=codec.tokenizer.save_pretrained,
+    )
 
 
 def check_prompts(data: Data, codec: Codec, config: Config) -> None:
@@ -95,6 +111,16 @@ def load_data(config: DataConfig) -> Data:
         )
     dev = load_questions(config.dev, split="dev")[: config.dev_limit] if config.dev else []
     return Data(load_questions(config.train), dev, config.corpus)
+
+
+def fresh_world(config: DataConfig) -> Data | None:
+    """A second world of the same size, where `data.fresh_questions` asks for one. Raises ConfigError."""
+    if not config.fresh_questions:
+        return None
+    if config.train:
+        raise ConfigError("data.fresh_questions: only the embedded world can be made anew; set it to 0")
+    world = World(config.world_seed + FRESH_WORLD, config.world_people)
+    return Data([], world.questions("held-out", config.fresh_questions), world.documents)
 
 
 def load_cues(config: Config, codec: Codec) -> CueTrie | None:

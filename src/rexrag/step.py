@@ -9,21 +9,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 from rexrag.agent.episode import Episode, State
 from rexrag.config import Config, MethodConfig
-from rexrag.engine.base import Policy
+from rexrag.engine.base import Policy, Session
 from rexrag.method.advantages import group_advantages
 from rexrag.method.cues import CueTrie
 from rexrag.method.dead_ends import is_dead_end
 from rexrag.method.filtering import cue_scores, keep_count, keep_probes
 from rexrag.method.probing import ProbePlan, in_all_wrong_groups, plan_probes
 from rexrag.method.realignment import mismatch_weights
-from rexrag.method.samples import Row, Streams, correct, make_samples, pad, row_of, splice, with_tail_logp
+from rexrag.method.samples import (
+    Row,
+    Streams,
+    correct,
+    groups_with_signal,
+    make_samples,
+    pad,
+    row_of,
+    splice,
+    with_tail_logp,
+)
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Origin, Question, Rollout, Sample
 
@@ -56,8 +66,7 @@ class Collected(Corrected):
     probes: list[Rollout]
     generated_tokens: int
     prefilled_tokens: int
-    probing_tokens: int
-    """Read by the model for probing alone: cues, evidence of probes, spliced rows scored again."""
+    """Read by the sampling model: prompts, evidence, cues, and rows that are scored again."""
 
 
 def collect(
@@ -69,52 +78,51 @@ def collect(
     keep_ratio: float,
     seed: int,
     learner_policy: Policy | None = None,
+    more: Callable[[], Sequence[Question]] | None = None,
 ) -> Collected:
     """Draw the rollouts of a step and correct them. METHOD §2 and §3, in their order.
 
     trie: the cue pool, None to continue without a cue. seed: of this step; with the same weights the same
     step comes out. learner_policy: scores with the learner's own weights where `method.mismatch_cap` > 0.
+    more: the next questions, asked while too few groups have signal (`method.dynamic_sampling`).
     """
-    method, agent = config.method, config.agent
+    method = config.method
     generator = torch.Generator().manual_seed(seed)
     clock = _Clock()
     session = policy.session()
     try:
-        # §2.1 N base rollouts a question.
-        asked = [question for question in questions for _ in range(method.rollouts)]
-        group_of = [group for group, _ in enumerate(questions) for _ in range(method.rollouts)]
-        episodes = [Episode(question, policy.codec, agent, config.retriever.topk) for question in asked]
-        session.run(episodes, retriever, agent.temperature, seed)
-        base = [episode.rollout() for episode in episodes]
-        base_prefilled = session.prefilled_tokens
-        clock.lap("rollout")
-
-        # §2.2–2.4 Dead ends, a coin and a cue for each, and the same policy goes on from the cut.
-        made = [
-            fork_probe(episodes[p.parent], p, trie) for p in plan(base, group_of, method, trie, generator)
-        ]
-        # A cue that no longer fits the window leaves nothing to go on with.
-        forks = [fork for fork in made if fork.state is not State.DONE]
-        session.run(forks, retriever, agent.temperature, seed + 1)
-        probes = [fork.rollout() for fork in forks]
-        clock.lap("probe")
+        drawn = _Drawn(policy, session, retriever, trie, config, generator, clock)
+        drawn.draw(questions, seed)
+        for redraw in range(1, 1 + method.dynamic_sampling):
+            if more is None or drawn.with_signal() >= len(questions):
+                break
+            drawn.draw(more(), seed + 2 * redraw)
         generated, prefilled = session.generated_tokens, session.prefilled_tokens
     finally:
         session.close()
-
     corrected = correct_rollouts(
-        base, group_of, probes, policy.score, trie, config, keep_ratio, generator,
+        drawn.base,
+        drawn.groups,
+        drawn.probes,
+        policy.score,
+        trie,
+        config,
+        keep_ratio,
+        generator,
         None if learner_policy is None else learner_policy.score,
-    )  # fmt: skip
-    scored = corrected.scored_tokens
+    )
     known = {field.name: getattr(corrected, field.name) for field in fields(Corrected)}
+    if method.dynamic_sampling:
+        rewards = [rollout.reward for rollout in (*drawn.base, *kept_probes(drawn.probes, corrected.kept))]
+        chosen = groups_with_signal(rewards, corrected.groups)[: len(questions)]
+        known["samples"] = [sample for sample in corrected.samples if sample.group in chosen]
+    known["seconds"] = clock.seconds | corrected.seconds
     return Collected(
-        **known | {"seconds": clock.seconds | corrected.seconds},
-        base=base,
-        probes=probes,
+        **known,
+        base=drawn.base,
+        probes=drawn.probes,
         generated_tokens=generated,
-        prefilled_tokens=prefilled + scored,
-        probing_tokens=prefilled - base_prefilled + scored,
+        prefilled_tokens=prefilled + corrected.scored_tokens,
     )
 
 
@@ -138,7 +146,7 @@ def correct_rollouts(
     scores = _scores(probes, method, generator)
     keep = len(probes) if method.filter == "none" else keep_count(len(base), keep_ratio)
     kept = keep_probes(scores, keep)
-    chosen = [probe for probe, k in zip(probes, kept.tolist(), strict=True) if k]
+    chosen = kept_probes(probes, kept)
 
     # Rows, densities, weights and masks; then group-relative advantages.
     rollouts = [*base, *chosen]
@@ -156,6 +164,57 @@ def correct_rollouts(
     samples = make_samples(rows, groups, streams, advantages)
     clock.lap("correct")
     return Corrected(scores, kept, rows, groups, streams, advantages, samples, scored, clock.seconds)
+
+
+def kept_probes(probes: Sequence[Rollout], kept: Tensor) -> list[Rollout]:
+    """The probes that the filter kept, in order."""
+    return [probe for probe, keep in zip(probes, kept.tolist(), strict=True) if keep]
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """What was sampled so far in a session: base rollouts, and probes that name theirs in `parent`."""
+
+    policy: Policy
+    session: Session
+    retriever: Retriever
+    trie: CueTrie | None
+    config: Config
+    generator: torch.Generator
+    clock: _Clock
+    base: list[Rollout] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    """Of each base rollout: the place of its question among all that were asked."""
+    probes: list[Rollout] = field(default_factory=list)
+
+    def draw(self, questions: Sequence[Question], seed: int) -> None:
+        method, agent, codec = self.config.method, self.config.agent, self.policy.codec
+        first, first_group = len(self.base), len(self.base) // method.rollouts
+        # §2.1 N base rollouts a question.
+        asked = [question for question in questions for _ in range(method.rollouts)]
+        groups = [first_group + group for group, _ in enumerate(questions) for _ in range(method.rollouts)]
+        episodes = [Episode(question, codec, agent, self.config.retriever.topk) for question in asked]
+        self.session.run(episodes, self.retriever, agent.temperature, seed)
+        base = [episode.rollout() for episode in episodes]
+        self.clock.lap("rollout")
+
+        # §2.2–2.4 Dead ends, a coin and a cue for each, and the same policy goes on from the cut.
+        planned = plan(base, groups, method, self.trie, self.generator)
+        made = [fork_probe(episodes[probe.parent], probe, self.trie, first) for probe in planned]
+        # A cue that no longer fits the window leaves nothing to go on with.
+        forks = [fork for fork in made if fork.state is not State.DONE]
+        self.session.run(forks, self.retriever, agent.temperature, seed + 1)
+        self.base += base
+        self.groups += groups
+        self.probes += [fork.rollout() for fork in forks]
+        self.clock.lap("probe")
+
+    def with_signal(self) -> int:
+        """Groups whose rollouts, probes included, differ in reward."""
+        rewards = [rollout.reward for rollout in (*self.base, *self.probes)]
+        return len(
+            groups_with_signal(rewards, [*self.groups, *(self.groups[_parent(p)] for p in self.probes)])
+        )
 
 
 def plan(
@@ -179,10 +238,13 @@ def plan(
     return plan_probes(dead, method.probe_probability, None if trie is None else len(trie), generator)
 
 
-def fork_probe(episode: Episode, planned: ProbePlan, trie: CueTrie | None) -> Episode:
-    """The probe of a finished base rollout, cut and cued; DONE at once where the cue does not fit."""
+def fork_probe(episode: Episode, planned: ProbePlan, trie: CueTrie | None, first: int = 0) -> Episode:
+    """The probe of a finished base rollout, cut and cued; DONE at once where the cue does not fit.
+
+    first: index in the step of the base rollout that the plan calls 0.
+    """
     cue = () if planned.cue is None or trie is None else trie.cues[planned.cue]
-    return episode.fork(cue, planned.cue, planned.parent)
+    return episode.fork(cue, planned.cue, first + planned.parent)
 
 
 def _parent(probe: Rollout) -> int:
@@ -251,4 +313,5 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now

@@ -18,12 +18,13 @@ import torch
 
 from rexrag.agent.episode import Codec
 from rexrag.config import Config, MethodConfig
-from rexrag.diagnostics import describe
+from rexrag.diagnostics import describe, diagnose
 from rexrag.errors import CheckpointError, DataError
 from rexrag.evaluate import evaluate
 from rexrag.intervals import interval
 from rexrag.io import write_json
 from rexrag.method.filtering import adaptive_keep_ratio, update_probe_accuracy
+from rexrag.retrieval import make_retriever
 from rexrag.runs import append, environment, last_checkpoint, open_run, save_checkpoint, truncate_logs
 from rexrag.setup import Setup, build
 from rexrag.step import Collected, collect
@@ -53,6 +54,8 @@ class Progress:
     prefilled_tokens: int = 0
     spent_tokens: int = 0
     rollouts: int = 0
+    asked: int = 0
+    """Questions asked so far."""
     seconds: float = 0.0
     probe_accuracy: float = 0.0
     digests: dict[str, str] = field(default_factory=dict)
@@ -62,6 +65,7 @@ class Progress:
         train = config.train
         limits = (
             (self.step, train.steps),
+            (self.generated_tokens, train.max_generated),
             (self.spent_tokens, train.max_tokens),
             (self.rollouts, train.max_rollouts),
             (self.seconds, train.max_seconds),
@@ -116,10 +120,10 @@ def train(
     return summarise(config, folder, progress)
 
 
-def questions_of(questions: Sequence[Question], step: int, count: int, seed: int) -> list[Question]:
-    """The questions of a step: seeded permutations of the data, one after the other, cut into steps."""
+def questions_of(questions: Sequence[Question], asked: int, count: int, seed: int) -> list[Question]:
+    """The next questions after `asked` ones, of seeded permutations of the data, one after the other."""
     chosen = []
-    for position in range((step - 1) * count, step * count):
+    for position in range(asked, asked + count):
         epoch, place = divmod(position, len(questions))
         generator = torch.Generator().manual_seed(step_seed(seed, epoch, "order"))
         order = torch.randperm(len(questions), generator=generator)
@@ -156,7 +160,7 @@ def account(
     progress.step += 1
     progress.generated_tokens += collected.generated_tokens
     progress.prefilled_tokens += collected.prefilled_tokens
-    progress.spent_tokens += collected.generated_tokens + collected.probing_tokens
+    progress.spent_tokens = progress.generated_tokens + progress.prefilled_tokens
     progress.rollouts += len(collected.base) + len(collected.probes)
     progress.probe_accuracy = update_probe_accuracy(
         progress.probe_accuracy,
@@ -180,8 +184,14 @@ def log_step(config: Config, codec: Codec, folder: Path, row: dict[str, Any], co
 def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dict[str, Any]:
     start = time.perf_counter()
     number, ratio = progress.step + 1, next_keep_ratio(config.method, progress)
+
+    def questions() -> list[Question]:
+        progress.asked += config.train.questions
+        first = progress.asked - config.train.questions
+        return questions_of(setup.data.train, first, config.train.questions, config.seed)
+
     collected = collect(
-        questions_of(setup.data.train, number, config.train.questions, config.seed),
+        questions(),
         setup.policy,
         setup.retriever,
         setup.trie,
@@ -189,14 +199,26 @@ def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dic
         ratio,
         step_seed(config.seed, number, "sample"),
         setup.learner_policy,
+        questions,
     )
+    before = time.perf_counter()
+    diagnosed = _diagnose(config, setup, number, collected)
+    aside = time.perf_counter() - before
     before = time.perf_counter()
     learned = setup.learner.update(collected.samples, config.method, config.agent.temperature)
     now = time.perf_counter()
-    learned |= {"time/update": now - before}
-    row = account(progress, collected, learned, config.method, ratio, now - start)
+    learned = diagnosed | learned | {"time/update": now - before}
+    row = account(progress, collected, learned, config.method, ratio, now - start - aside)
     log_step(config, setup.policy.codec, folder, row, collected)
     return row
+
+
+def _diagnose(config: Config, setup: Setup, number: int, collected: Collected) -> dict[str, float]:
+    """Diagnostics of the first step and of every `train.diagnose_every`-th after it."""
+    every = config.train.diagnose_every
+    if setup.start is None or not every or (number - 1) % every:
+        return {}
+    return diagnose(collected, setup.learner, setup.start(), config)
 
 
 def position(progress: Progress) -> dict[str, Any]:
@@ -219,11 +241,15 @@ def _evaluate(
 ) -> None:
     if not setup.data.dev:
         return
-    figures = evaluate(setup.policy, setup.data.dev, setup.retriever, config).figures
-    row = position(progress) | {"set": "held-out", **figures}
-    append(folder / "eval.jsonl", [row])
-    if observer:
-        observer.evaluated(row)
+    sets = [("held-out", setup.data, setup.retriever)]
+    if setup.fresh is not None and (progress.step == 0 or _finished(config, progress)):
+        sets.append(("fresh", setup.fresh, make_retriever(config.retriever, setup.fresh.corpus)))
+    for name, data, retriever in sets:
+        figures = evaluate(setup.policy, data.dev, retriever, config).figures
+        row = position(progress) | {"set": name, **figures}
+        append(folder / "eval.jsonl", [row])
+        if observer:
+            observer.evaluated(row)
 
 
 def _save(config: Config, setup: Setup, folder: Path, progress: Progress) -> None:
@@ -251,10 +277,12 @@ def _restore(folder: Path, setup: Setup) -> Progress:
 
 def summarise(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
     """Write `summary.json` from what the run folder holds."""
-    evaluations = []
+    evaluations: list[dict[str, Any]] = []
+    fresh: list[dict[str, Any]] = []
     if (folder / "eval.jsonl").exists():
         lines = (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()
-        evaluations = [json.loads(line) for line in lines]
+        for row in map(json.loads, lines):
+            (evaluations if row["set"] == "held-out" else fresh).append(row)
     summary: dict[str, Any] = {
         "name": config.name,
         "arm": config.arm,
@@ -267,6 +295,8 @@ def summarise(config: Config, folder: Path, progress: Progress) -> dict[str, Any
         pairs = zip(first["em_by_question"], last["em_by_question"], strict=True)
         rise = interval([after - before for before, after in pairs])
         summary |= {"em_before": first["em"], "em_after": last["em"], "rise": rise}
+    if fresh:
+        summary |= {"em_fresh_before": fresh[0]["em"], "em_fresh_after": fresh[-1]["em"]}
     write_json(folder / "summary.json", summary)
     return summary
 

@@ -452,3 +452,28 @@ def test_packs_cover_every_row_once_within_the_limit(shapes, max_tokens):
         assert sum(segment.size for segment in pack.segments) == len(pack.ids)
         prompts = {rows[i][0] for i in pack.rows}
         assert len(pack.ids) == sum(map(len, prompts)) + sum(len(rows[i][1]) - 1 for i in pack.rows)
+
+
+def test_gradient_norms_by_segment_are_those_of_its_tokens_and_nothing_moves():
+    trainer = learner()
+    before = {name: p.detach().clone() for name, p in trainer.trained.items()}
+    rows = near_policy(trainer.model, samples(streams=False))
+    norms = trainer.gradient_norms(rows, METHOD, 1.0)
+    assert trainer.state.updates == 0 and all(p.grad is None for p in trainer.trained.values())
+    assert set(norms) == {segment.name.lower() for segment in Segment}
+    parts = []
+    for segment in Segment:
+        only = [
+            dataclasses.replace(
+                row, mask=tuple(m and s == segment for m, s in zip(row.mask, row.segment, strict=True))
+            )
+            for row in rows
+        ]
+        share = sum(sum(row.mask) for row in only) / sum(sum(row.mask) for row in rows)
+        grads, _ = gradients(trainer, only)
+        parts.append({name: share * g.double() for name, g in grads.items()})  # the mean over all tokens
+        own = math.sqrt(sum(float(g.square().sum()) for g in parts[-1].values()))
+        assert norms[segment.name.lower()] == pytest.approx(own, rel=1e-4)
+    whole, _ = gradients(trainer, rows)
+    assert distance(whole, {name: sum(part[name] for part in parts) for name in whole}) < 1e-4
+    assert all(torch.equal(p, before[name]) for name, p in trainer.trained.items())

@@ -49,7 +49,7 @@ class RunProgress:
     def evaluated(self, figures: dict[str, Any]) -> None:
         em = figures["em"]
         where = f"after step {figures['step']}" if figures["step"] else "before training"
-        self.console.print(f"{self.label}: held-out EM {format_interval(em)} {where}, n = {em['n']}")
+        self.console.print(f"{self.label}: {figures['set']} EM {format_interval(em)} {where}, n = {em['n']}")
 
     def stepped(self, row: dict[str, Any], done: float) -> None:
         done = min(1.0, done)
@@ -104,21 +104,22 @@ def summary_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
                 format_interval(summary["em_before"]) if has_eval else "–",
                 format_interval(summary["em_after"]) if has_eval else "–",
                 format_points(summary["rise"]) if has_eval else "–",
-                f"{summary['spent_tokens']:,}",
+                f"{summary['generated_tokens']:,}",
                 summary["steps"],
                 f"{summary['seconds']:.0f}",
             )
         )
-    columns = ("run", "EM before", "EM after", "rise in points", "tokens", "steps", "s")
+    columns = ("run", "EM before", "EM after", "rise in points", "generated", "steps", "s")
     return table("Held-out exact match with 95 % bootstrap intervals", columns, rows)
 
 
 def comparison_table(result: dict[str, Any]) -> Table:
     """Arms with their paired difference to the control; a star where its interval excludes 0."""
     rows = []
+    fresh = all("em_fresh" in figures for figures in result["arms"].values())
     for arm, figures in result["arms"].items():
         cells = [arm, format_interval(figures["em"])]
-        for name in ("em_difference", "area_difference"):
+        for name in ("em_difference", "area_difference", *(["em_fresh_difference"] if fresh else [])):
             if name not in figures:
                 cells.append("–")
                 continue
@@ -129,7 +130,27 @@ def comparison_table(result: dict[str, Any]) -> Table:
     n = len(result["seeds"])
     budget = f"{result['amount']:g} {result['budget']}"
     title = f"Held-out EM at {budget}, {n} seeds; differences to {result['control']}"
-    return table(title, ("arm", "EM", "difference", "of area under the curve", "steps", "s"), rows)
+    differences = ("difference", "of area under the curve", *(["in a fresh world"] if fresh else []))
+    return table(title, ("arm", "EM", *differences, "steps", "s"), rows)
+
+
+def diagnostics_table(result: dict[str, Any]) -> Table:
+    """What happened on the way, as means over steps and seeds."""
+    columns = {
+        "dead ends": "dead_ends/rate",
+        "all wrong before": "groups/all_wrong_before",
+        "and after probes": "groups/all_wrong_after",
+        "probes right": "probes/success",
+        "kept": "probes/kept_share",
+        "ESS": "ess",
+        "searches": "searches/mean",
+        "KL to start": "kl_to_start",
+    }
+    rows = []
+    for arm, figures in result["arms"].items():
+        found = figures["diagnostics"]
+        rows.append([arm, *(f"{found[name]:.3f}" if name in found else "–" for name in columns.values())])
+    return table("On the way (means over steps and seeds)", ("arm", *columns), rows)
 
 
 def dry_run_tables(facts: dict[str, Any]) -> Iterable[Table | str]:

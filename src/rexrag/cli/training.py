@@ -51,6 +51,7 @@ def train(
     """
     from rexrag.cli.show import RunProgress, stdout, summary_table
     from rexrag.report import write_report
+    from rexrag.tracking import Together, open_trackers
     from rexrag.train import train as run
 
     overrides = [*(override or []), *([f"seed={seed}"] if seed is not None else [])]
@@ -79,11 +80,12 @@ def train(
         if (where / "summary.json").exists() and resume:
             summaries.append((label, json.loads((where / "summary.json").read_text(encoding="utf-8"))))
             continue
-        budget = summaries[0][1]["spent_tokens"] if summaries else 0
+        budget = summaries[0][1]["generated_tokens"] if summaries else 0
         part = part if not budget else _at_budget(part, budget)
         progress = RunProgress(console, label)
+        observers = Together([progress, *open_trackers(settings.train.track)])
         try:
-            summary = run(part, where, resume=resume and (where / "checkpoints").exists(), observer=progress)
+            summary = run(part, where, resume=resume and (where / "checkpoints").exists(), observer=observers)
         except KeyboardInterrupt:
             progress.stop()
             console.print(f"stopped after a whole step; go on with: rexrag train --resume --out {folder}")
@@ -105,9 +107,12 @@ def compare(
     seeds: Annotated[int, typer.Option(help="How many seeds, counted from --first-seed.")] = 5,
     first_seed: Annotated[int, typer.Option(help="The first seed.")] = 1,
     budget: Annotated[
-        str, typer.Option(help="rollouts, tokens or time: what every arm spends alike.")
-    ] = "tokens",
-    amount: Annotated[float, typer.Option(help="Rollouts, tokens or seconds of each run.")] = 60000,
+        str,
+        typer.Option(
+            help="What arms spend alike: generated (tokens), tokens (generated and read), rollouts, time."
+        ),
+    ] = "generated",
+    amount: Annotated[float, typer.Option(help="Tokens, rollouts or seconds of each run.")] = 60000,
     evals: Annotated[int, typer.Option(help="Points of each curve after the start.", min=1)] = 4,
     jobs: Annotated[int, typer.Option(help="Runs at once; 0: one a core.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="Folder; a killed comparison goes on in it.")] = Path(
@@ -120,29 +125,34 @@ def compare(
 
     \b
     Examples:
-      rexrag compare --arms grpo,rex-rag-internalize --seeds 5 --budget tokens --amount 60000
+      rexrag compare --arms grpo,rex-rag-internalize --seeds 5 --budget tokens --amount 200000
       rexrag compare my.toml --arms grpo,my-arm.toml --budget time --amount 600
     """
-    from rexrag import experiment
-    from rexrag.cli.show import comparison_table, stdout
+    from rexrag import experiment, prospects
+    from rexrag.cli.show import comparison_table, diagnostics_table, stdout, table
+    from rexrag.comparison import Budget
     from rexrag.errors import ConfigError
     from rexrag.report import write_report
 
     if budget not in experiment.LIMITS:
         raise ConfigError(f"--budget {budget}: expected {', '.join(experiment.LIMITS)}")
-    chosen: experiment.Budget = next(known for known in experiment.LIMITS if known == budget)
+    chosen: Budget = next(known for known in experiment.LIMITS if known == budget)
     names = [name.strip() for name in arms.split(",") if name.strip()]
     wanted = range(first_seed, first_seed + seeds)
     work = experiment.plan(config, names, list(wanted), chosen, amount, override or [], evals)
     console = stdout()
     console.quiet = as_json
     console.print(f"{len(names)} arms × {seeds} seeds, {amount:g} {budget} each, control {names[0]}: {out}")
+    ahead = experiment.look_ahead(work, out)
+    title = "Before the comparison: what decides it"
+    console.print(table(title, ("of the start", "share [95 %]", "n"), prospects.lines(ahead)))
     result = experiment.run(work, out, jobs, console.print)
     page = write_report(list(experiment.run_folders(work, out)), out / "report.html")
     if as_json:
         print(json.dumps(result))
         return
     console.print(comparison_table(result))
+    console.print(diagnostics_table(result))
     console.print(f"figures {out / 'compare.json'}\npage    {page}")
 
 
@@ -172,6 +182,6 @@ def _parts(settings: Config, folder: Path) -> list[tuple[str, Config, Path]]:
 
 
 def _at_budget(config: Config, tokens: int) -> Config:
-    """The same configuration, stopped by spent tokens instead of steps."""
-    train = config.train.model_copy(update={"max_tokens": tokens, "steps": 10**9})
+    """The same configuration, stopped by generated tokens instead of steps."""
+    train = config.train.model_copy(update={"max_generated": tokens, "steps": 10**9})
     return config.model_copy(update={"train": train})

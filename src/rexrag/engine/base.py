@@ -59,6 +59,12 @@ class Learner(Protocol):
         """One step of training: `minibatches` optimizer updates; returns its metrics by name."""
         ...
 
+    def gradient_norms(
+        self, samples: Sequence[Sample], method: MethodConfig, temperature: float
+    ) -> dict[str, float]:
+        """L2 norm of the policy gradient that each `Segment` alone would give, by name; updates nothing."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Weights, optimizer and schedule state, as safetensors and JSON."""
         ...

@@ -215,6 +215,14 @@ def make_samples(
     return samples
 
 
+def groups_with_signal(rewards: Sequence[float], groups: Sequence[int]) -> list[int]:
+    """Groups whose rewards differ, in order: the only ones that dynamic sampling trains on (DAPO §3.2)."""
+    seen: dict[int, set[float]] = {}
+    for reward, group in zip(rewards, groups, strict=True):
+        seen.setdefault(group, set()).add(reward)
+    return [group for group, values in seen.items() if len(values) > 1]
+
+
 def _positions(batch: Batch) -> Tensor:
     return torch.arange(batch.origin.shape[1], device=batch.origin.device)[None, :]
 

@@ -98,6 +98,8 @@ def test_the_pins_are_those_of_the_extra():
         ({"method__rollouts": 1}, ["method.rollouts = 1"]),
         ({"method__realignment": '"internalize"'}, ["internalize", "engine = 'local'"]),
         ({"train__max_tokens": 1000}, ["train.max_tokens", "train.steps"]),
+        ({"train__track": '["wandb"]'}, ["train.track", "verl.loggers"]),
+        ({"train__diagnose_every": 5}, ["train.diagnose_every"]),
         ({"policy__train_last_layers": 2}, ["policy.train_last_layers"]),
         ({"verl__prompt_tokens": 4096}, ["verl.prompt_tokens = 4096", "agent.total_tokens"]),
         ({"verl__tokens_per_gpu": 1024}, ["verl.tokens_per_gpu = 1024"]),
@@ -148,7 +150,7 @@ def test_what_the_table_makes_of_our_settings():
     assert (known[f"{actor}.clip_ratio_low"], known[f"{actor}.clip_ratio_high"]) == (0.2, 0.2)
     assert known["algorithm.rollout_correction"] is None, "never merged with the mixture"
     assert known[f"{actor}.strategy"] == "fsdp2" and known["trainer.v1.trainer_mode"] == "rexrag"
-    dapo = settings(presets.resolve("qwen2.5-3b-nq-hotpot", "dapo", ["verl.rollout=sglang"]))
+    dapo = settings(presets.resolve("qwen2.5-3b-nq-hotpot", "rex-rag-dapo", ["verl.rollout=sglang"]))
     assert dapo[f"{actor}.clip_ratio_high"] == 0.28 and dapo[f"{actor}.use_kl_loss"] is False
     assert dapo["algorithm.filter_groups.enable"] is True and dapo[f"{rollout}.name"] == "sglang"
 
@@ -193,7 +195,7 @@ def test_parameters_of_known_models():
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-@pytest.mark.parametrize("arm", ["", "dapo", "grpo"])
+@pytest.mark.parametrize("arm", ["", "rex-rag-dapo", "dapo", "grpo"])
 def test_shipped_configurations_fit(run, name, arm, monkeypatch):
     monkeypatch.setattr(checks, "version", absent)
     code, out, err = run("train", name, "--dry-run", "--json", *(["--arm", arm] if arm else []))

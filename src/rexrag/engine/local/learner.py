@@ -12,6 +12,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,33 @@ class LocalLearner:
         if self.mirror is not None:
             refresh(self.mirror, self.trained)
 
+    def gradient_norms(
+        self, samples: Sequence[Sample], method: MethodConfig, temperature: float
+    ) -> dict[str, float]:
+        """See `engine.base.Learner.gradient_norms`. One backward pass for each segment that is there."""
+        masks = [torch.tensor([sample.mask]) for sample in samples]
+        normalizer = sum(aggregation_normalizer(mask, method.aggregation) for mask in masks)
+        policy_only = method.model_copy(update={"kl": 0.0})
+        norms = {}
+        for segment in Segment:
+            only = [restricted(sample, segment) for sample in samples]
+            run = [i for i, sample in enumerate(only) if any(sample.mask) and sample.advantage != 0.0]
+            if not run:
+                continue
+            self.optimizer.zero_grad(set_to_none=True)
+            rows: list[TokenRow] = [(sample.prompt, sample.tokens) for sample in only]
+            unused = torch.zeros(len(Segment), 3, dtype=torch.float64)
+            for pack in pack_rows(rows, run, self.config.micro_tokens):
+                loss = self._loss(
+                    pack, only, policy_only, temperature, normalizer, defaultdict(float), unused
+                )
+                loss.backward()  # type: ignore[no-untyped-call]
+            norms[segment.name.lower()] = float(
+                nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        return norms
+
     # -- one optimizer update ------------------------------------------------------------------------------
 
     def _minibatch(
@@ -191,6 +219,13 @@ class LocalLearner:
             logp.detach(), behaviour, advantages, mask, label, len(Segment), *clip
         ).cpu()
         return loss
+
+
+def restricted(sample: Sample, segment: Segment) -> Sample:
+    """The sample with only the tokens of one segment trained; without labels all are BASE."""
+    labels = sample.segment or (int(Segment.BASE),) * len(sample.tokens)
+    mask = tuple(m and label == segment for m, label in zip(sample.mask, labels, strict=True))
+    return replace(sample, mask=mask)
 
 
 def _metrics(totals: Totals, segments: Tensor, method: MethodConfig) -> dict[str, float]:

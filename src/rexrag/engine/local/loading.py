@@ -23,7 +23,7 @@ from rexrag.engine.local.policy import LocalPolicy
 from rexrag.engine.local.state import full_weights, write_tensors
 from rexrag.errors import ConfigError, ModelError
 
-EMBEDDED = {"embedded": "hard", "embedded-easy": "easy"}
+EMBEDDED = {"embedded": "hard", "embedded-middle": "middle", "embedded-easy": "easy"}
 """Starts shipped in the package: name in the configuration -> folder in `rexrag/data/starts`."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 LORA_SCALE = 2.0

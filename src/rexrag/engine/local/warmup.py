@@ -52,6 +52,7 @@ from rexrag.types import Origin
 
 DOUBTS = "tiny_demo"
 """The cue pool whose wordings are demonstrated; probes use another one."""
+COMMAND = ("python", "-m", "rexrag.engine.local.warmup")
 EMBEDDED_AGENT = AgentConfig(
     template="terse", search_turns=5, turn_tokens=48, evidence_tokens=120, total_tokens=512
 )
@@ -130,7 +131,7 @@ def warm_up(settings: Warmup, out: str | Path) -> dict[str, Any]:
         autocast=settings.autocast,
     )
     facts = {
-        "command": shlex.join(["python", "-m", "rexrag.engine.local.warmup", str(out), *_changes(settings)]),
+        "command": shlex.join([*COMMAND, Path(out).name, *_changes(settings)]),
         "settings": settings.model_dump(mode="json"),
         "seconds": round(time.perf_counter() - began, 1),
         "cpu_seconds": round(time.process_time() - spent, 1),

@@ -38,7 +38,13 @@ def check_settings(config: Config) -> None:
         raise ConfigError(f"method.rollouts = {method.rollouts}: a group needs at least 2 for an advantage")
     if config.policy.train_last_layers:
         raise ConfigError("policy.train_last_layers: verl trains all weights or a LoRA; set it to 0")
-    for name in ("max_tokens", "max_rollouts", "max_seconds"):
+    if train.track:
+        raise ConfigError("train.track: verl has loggers of its own; name them in verl.loggers")
+    if train.diagnose_every or config.data.fresh_questions:
+        raise ConfigError(
+            "train.diagnose_every and data.fresh_questions are not there for engine = 'verl'; set them to 0"
+        )
+    for name in ("max_generated", "max_tokens", "max_rollouts", "max_seconds"):
         if getattr(train, name):
             raise ConfigError(f"train.{name}: engine = 'verl' stops after train.steps; set it to 0")
     gpus = verl.nodes * verl.gpus_per_node

@@ -109,6 +109,10 @@ TABLE = (
         "method.advantage_scale",
         lambda c: c.method.advantage_scale == "std",
     ),
+    _from(
+        "algorithm.filter_groups.enable", "method.dynamic_sampling", lambda c: c.method.dynamic_sampling > 0
+    ),
+    _fixed("algorithm.filter_groups.metric", "reward"),
     _fixed("algorithm.use_kl_in_reward", False),
     _fixed("algorithm.rollout_correction", None),
     _fixed(f"{ACTOR}.policy_loss.loss_mode", "vanilla"),

@@ -313,7 +313,6 @@ def collected(drawn: Drawn, corrected: Corrected) -> Collected:
         return sum(origin in origins for origin in rollout.origins[start:])
 
     inserted = Origin.CUE, Origin.EVIDENCE, Origin.NOTICE
-    probing = sum(count(probe, probe.cut or 0, *inserted) for probe in drawn.probes)
     prompts = sum(len(prompt) for prompt in {rollout.prompt for rollout in drawn.base})
     prefilled = prompts + sum(count(rollout, start, *inserted) for rollout, start in written)
     known = {field.name: getattr(corrected, field.name) for field in fields(Corrected)}
@@ -323,7 +322,6 @@ def collected(drawn: Drawn, corrected: Corrected) -> Collected:
         probes=drawn.probes,
         generated_tokens=sum(count(rollout, start, Origin.POLICY) for rollout, start in written),
         prefilled_tokens=prefilled + corrected.scored_tokens,
-        probing_tokens=probing + corrected.scored_tokens,
     )
 
 
