@@ -41,6 +41,7 @@ SMALL = {
     "train.control": "",
     "train.log_rollouts": 500,
     "train.max_tokens": 0,
+    "train.max_generated": 0,
     "verl.gpus_per_node": 2,
     "verl.tensor_parallel": 2,
     "verl.agent_workers": 1,
@@ -77,6 +78,8 @@ def environment(**more: str) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DEDUP_LOGS": "0",
+        # Ray makes its workers nicer than everything else: on a busy machine they would not get on.
+        "RAY_worker_niceness": "0",
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
         **more,
@@ -90,7 +93,7 @@ def options(settings: dict[str, object], overrides: dict[str, object]) -> list[s
     return [word for key, value in spelled.items() for word in ("--set", f"{key}={value}")]
 
 
-def train(folder: Path, *more: str, settings=None, overrides=None, env=None, timeout=240):
+def train(folder: Path, *more: str, settings=None, overrides=None, env=None, timeout=600):
     """`rexrag train` in a process of its own; stdout and stderr as text."""
     known = options(SMALL | (settings or {}), VERL | (overrides or {}))
     command = [sys.executable, "-m", "rexrag", "train", *known, "--out", str(folder), *more]

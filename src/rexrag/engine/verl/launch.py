@@ -18,6 +18,7 @@ from rexrag.config import Config
 from rexrag.data.questions import questions_digest
 from rexrag.engine.local.loading import resolve
 from rexrag.engine.verl.checks import check_devices, check_installed, check_retriever, check_settings
+from rexrag.engine.verl.cost import check_memory, shape_of
 from rexrag.engine.verl.mapping import MODULES, PLUGIN, compose
 from rexrag.engine.verl.records import STATE_FILE, question_row
 from rexrag.errors import CheckpointError, ConfigError, DataError
@@ -43,6 +44,7 @@ def launch(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]
             "expected at least as many questions as a step asks"
         )
     source = resolve(config.policy.path)
+    check_memory(config, shape_of(source))
     codec = load_codec(source)
     check_prompts(data, codec, config)
     cues = load_cues(config, codec)
