@@ -28,6 +28,7 @@ def resumed(run):
     """A copy of it, resumed for a third step."""
     folder = run.with_name("resumed")
     shutil.copytree(run, folder)
+    (folder / "summary.json").unlink()  # a run that has one is over
     done = train(folder, "--resume", settings={"train.steps": 3})
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
