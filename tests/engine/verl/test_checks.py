@@ -216,7 +216,7 @@ def test_what_cannot_fit_is_refused(run):
 
     assert "training takes" in refused("verl.gpu_memory=24")
     assert "training takes" in refused("verl.gpus_per_node=1", "verl.tensor_parallel=1")
-    assert "rollout engine gets" in refused("verl.rollout_memory=0.1")
+    assert "rollout engine gets" in refused("verl.rollout_memory=0.05")
     assert "rollouts take" in refused("verl.rollout_memory=0.9")
     assert "shape is not known" in refused('policy.path="someone/unknown"')
     assert "engine = 'verl'" in run("train", "quickstart", "--dry-run")[2]
