@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow check format bias benchmark real clean
+.PHONY: quickstart test test-slow test-verl check format bias benchmark real clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rexrag needs Python 3.11 or newer; set PYTHON=")'
@@ -26,6 +26,19 @@ test: $(STAMP)  ## the fast tests
 
 test-slow: $(STAMP)  ## the slow tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# Its own environment: verl brings Ray and pins that the rest does not need.
+VERL_VENV := .venv-verl
+VERL_STAMP := $(VERL_VENV)/.installed
+
+$(VERL_STAMP): pyproject.toml constraints.txt
+	test -x $(VERL_VENV)/bin/python || $(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt "torch==2.13.0"
+	$(VERL_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test,verl]"
+	touch $(VERL_STAMP)
+
+test-verl: $(VERL_STAMP)  ## verl's real trainer on two CPU ranks
+	$(VERL_VENV)/bin/python -m pytest -m verl
 
 check: $(STAMP)  ## linter, formatter, type checker, tests
 	$(BIN)/ruff check src tests benchmarks
@@ -61,4 +74,4 @@ real: | $(WARM)  ## SmolLM2-135M on 2WikiMultihopQA: import, warm up, train, pag
 	$(BIN)/rexrag train smollm2-2wiki $(REAL) --set policy.path=$(WARM)
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) $(VERL_VENV) build dist src/*.egg-info

@@ -18,6 +18,8 @@ ALLOWED = {
     "retrieval": BASE,
     "data": BASE | {"agent", "retrieval.base"},
     "engine": BASE | DATA,
+    # verl owns the loop, so its adapter stands where `train` stands for the local engine.
+    "engine.verl": BASE | DATA | {"engine", "step", "train", "setup", "runs", "evaluate"},
     "report": BASE,
     "step": BASE | DATA | {"engine.base"},
     "diagnostics": BASE | {"step", "method", "engine.base"},
@@ -55,12 +57,13 @@ def imports(path: Path) -> set[str]:
 def test_imports_go_one_way():
     wrong = []
     for path in sorted(ROOT.rglob("*.py")):
-        here = path.relative_to(ROOT).with_suffix("").parts[0]
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        here = "engine.verl" if parts[:2] == ("engine", "verl") else parts[0]
         if here in {"cli", "__main__", "__init__"}:
             continue
         for module in imports(path):
             top = module.split(".")[0]
-            allowed = ALLOWED[here] | {here}
+            allowed = ALLOWED[here] | {here.split(".")[0]}
             if top not in allowed and ".".join(module.split(".")[:2]) not in allowed:
                 wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not wrong, "\n".join(wrong)

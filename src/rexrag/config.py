@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rexrag.errors import ConfigError
 from rexrag.types import DeadEnd
 
+OPEN_TABLE = "overrides"
+"""The one table, of `verl`, whose keys are not ours."""
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -75,7 +77,8 @@ class RetrieverConfig(Model):
     """A saved index folder; empty builds one in memory from the corpus."""
     topk: Count = 3
     timeout: Positive = 30.0
-    retries: Annotated[int, Field(ge=0)] = 5
+    retries: Annotated[int, Field(ge=0)] = 8
+    """Pauses double from half a second up to 30 s: eight of them sit out a service that is away for 45 s."""
 
 
 class AgentConfig(Model):
@@ -209,6 +212,60 @@ class WarmupConfig(Model):
     evidence_weight: Unit = 0.0
 
 
+Scalar = bool | int | float | str
+
+
+class VerlConfig(Model):
+    """`engine = "verl"`: machines, memory, and anything else of verl's own configuration."""
+
+    nodes: Count = 1
+    gpus_per_node: Count = 8
+    gpu_memory: Positive = 80.0
+    """GiB of one GPU; the run is refused where the estimate does not fit."""
+    gpu_tflops: Positive = 989.0
+    """Dense bfloat16 peak of one GPU, for the estimated time of a step (989: H100 SXM)."""
+    gpu_bandwidth: Positive = 3350.0
+    """GB/s of one GPU's memory, for the estimated time of a step (3350: H100 SXM)."""
+    rollout: Literal["vllm", "sglang"] = "vllm"
+    tensor_parallel: Count = 1
+    """GPUs that share one copy of the rollout engine."""
+    rollout_memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Share of a GPU's memory that the rollout engine takes while it generates."""
+    prompt_tokens: Count = 1024
+    """Longest prompt."""
+    tokens_per_gpu: Count = 16384
+    """Tokens of one training micro-batch on one GPU."""
+    offload: bool = False
+    """Keep parameters and optimizer in the host's memory while the rollout engine runs."""
+    agent_workers: Count = 8
+    """Processes that drive episodes."""
+    search_batch: Count = 64
+    """Queries in one request to the retriever, at most."""
+    search_connections: Count = 4
+    """Requests to the retriever in flight at once, from each agent worker."""
+    loggers: tuple[str, ...] = ("console",)
+    """verl's loggers: console, tensorboard, wandb, …"""
+    overrides: dict[str, Scalar | list[Scalar]] = {}
+    """Any key of verl's own tree, as `"actor_rollout_ref.rollout.enforce_eager" = true`; these win. A key
+    that verl's tree lacks begins with "+". The text "null" is verl's null, which TOML cannot spell."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flatten(cls, tree: Any) -> Any:
+        """Nested tables of overrides are dotted keys; both spellings are the same."""
+        if isinstance(tree, dict) and isinstance(tree.get("overrides"), dict):
+            return {**tree, "overrides": dict(_dotted(tree["overrides"]))}
+        return tree
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 class Config(Model):
     """A whole run."""
 
@@ -225,6 +282,7 @@ class Config(Model):
     learner: LearnerConfig = LearnerConfig()
     train: TrainConfig = TrainConfig()
     warmup: WarmupConfig = WarmupConfig()
+    verl: VerlConfig = VerlConfig()
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -272,12 +330,17 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
 def dump_toml(config: Config) -> str:
     """The resolved configuration as TOML; `parse_config` of it gives the same Config."""
     tree = config.model_dump(mode="json")
-    lines = [f"{key} = {json.dumps(value)}" for key, value in tree.items() if not isinstance(value, dict)]
-    for section, values in tree.items():
-        if isinstance(values, dict):
-            lines += ["", f"[{section}]"]
-            lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    tables = {key: value for key, value in tree.items() if isinstance(value, dict)}
+    tables |= {f"verl.{OPEN_TABLE}": tables["verl"].pop(OPEN_TABLE)}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in tree.items() if key not in tables]
+    for section, values in tables.items():
+        lines += ["", f"[{section}]"]
+        lines += [f"{_toml_key(key)} = {json.dumps(value)}" for key, value in values.items()]
     return "\n".join(lines) + "\n"
+
+
+def _toml_key(key: str) -> str:
+    return key if key.isidentifier() else json.dumps(key)
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -314,9 +377,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key = key.strip()
     if not eq or not key:
         raise ConfigError(f"--set {override}: expected key=value, for example method.kl=0.001")
-    if key not in set(known_keys()):
+    if key.startswith(f"verl.{OPEN_TABLE}."):
+        parents, leaf = ["verl", OPEN_TABLE], key.removeprefix(f"verl.{OPEN_TABLE}.")
+    elif key in set(known_keys()):
+        *parents, leaf = key.split(".")
+    else:
         raise ConfigError(f"--set {override}: unknown key '{key}'{_nearest(key)}")
-    *parents, leaf = key.split(".")
     for part in parents:
         tree = tree.setdefault(part, {})
     try:

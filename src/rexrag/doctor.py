@@ -26,6 +26,7 @@ NEEDED = (
 OPTIONAL = {
     "gguf": ("importing GGUF weights", "pip install gguf"),
     "tensorboard": ("logging to TensorBoard", "pip install tensorboard"),
+    "verl": ("engine = 'verl': several GPUs", 'pip install "rexrag[verl]"'),
     "wandb": ("logging to Weights & Biases", "pip install wandb"),
     "trackio": ("logging to Trackio", "pip install trackio"),
 }

@@ -6,7 +6,7 @@ Scoring and figures are here once, for evaluations during training and for `rexr
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,25 +89,43 @@ def invalid_turns(turns: Sequence[Turn]) -> int:
     return sum(turn.action is None for turn in turns)
 
 
+def numbers(row: Scored) -> dict[str, float]:
+    """What figures are made of, as numbers by name: what another engine can carry beside a rollout."""
+    return {
+        "em": row.em,
+        "f1": row.f1,
+        "sub_em": row.sub_em,
+        "searches": float(row.searches),
+        "unanswered": float(row.answer is None),
+        "tokens": float(row.tokens),
+        "invalid": float(row.invalid),
+        "hops": float(row.question.hops),
+    }
+
+
 def figures(rows: Sequence[Scored]) -> dict[str, Any]:
+    """The figures of scored questions. See `figures_of`."""
+    return figures_of([numbers(row) for row in rows])
+
+
+def figures_of(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """EM, F1, sub-EM with 95 % bootstrap intervals, EM by hops; means of searches, tokens, invalid turns.
 
-    `em_by_question` keeps the order of the questions, so that two evaluations can be compared in pairs.
+    scores: rows as `numbers` makes them. `em_by_question` keeps their order, so that two evaluations can be
+    compared in pairs.
     """
-    em = [row.em for row in rows]
+    em = [score["em"] for score in scores]
     by_hops = {
-        str(hops): interval([r.em for r in rows if r.question.hops == hops])
-        for hops in sorted({r.question.hops for r in rows} - {0})
+        str(hops): interval([score["em"] for score in scores if score["hops"] == hops])
+        for hops in sorted({int(score["hops"]) for score in scores} - {0})
     }
+    means = ("searches", "unanswered", "tokens", "invalid")
     return {
         "em": interval(em),
-        "f1": interval([row.f1 for row in rows]),
-        "sub_em": interval([row.sub_em for row in rows]),
+        "f1": interval([score["f1"] for score in scores]),
+        "sub_em": interval([score["sub_em"] for score in scores]),
         "by_hops": by_hops,
-        "searches": mean([row.searches for row in rows]),
-        "unanswered": mean([row.answer is None for row in rows]),
-        "tokens": mean([row.tokens for row in rows]),
-        "invalid": mean([row.invalid for row in rows]),
+        **{name: mean([score[name] for score in scores]) for name in means},
         "em_by_question": em,
     }
 

@@ -81,6 +81,15 @@ def append(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         out.write(data)
 
 
+def last_row(file: Path) -> dict[str, Any]:
+    """The newest row of a log that is not compressed. Raises RunFolderError where there is none."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    if not lines:
+        raise RunFolderError(f"{file}: no step was made")
+    row: dict[str, Any] = json.loads(lines[-1])
+    return row
+
+
 def save_checkpoint(
     run: Path, step: int, save: Callable[[Path], None], state: Mapping[str, Any], keep: int
 ) -> Path:

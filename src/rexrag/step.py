@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -37,13 +37,14 @@ from rexrag.method.samples import (
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Origin, Question, Rollout, Sample
 
+Score = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]], float], list[Tensor]]
+"""`engine.base.Policy.score`."""
+
 
 @dataclass(frozen=True, slots=True)
-class Collected:
-    """What a step drew and kept. `rows`, `groups`, `streams` and `advantages` cover base + kept probes."""
+class Corrected:
+    """What a step kept, ready to train on. `rows`, `groups`, `streams`, `advantages`: base + kept probes."""
 
-    base: list[Rollout]
-    probes: list[Rollout]
     scores: Tensor
     kept: Tensor
     rows: list[Row]
@@ -51,10 +52,21 @@ class Collected:
     streams: Streams
     advantages: Tensor
     samples: list[Sample]
+    scored_tokens: int
+    """Read by the model once more, to score spliced rows."""
+    seconds: dict[str, float]
+    """Of each phase, so far as it was done here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collected(Corrected):
+    """What a step drew, and what it kept."""
+
+    base: list[Rollout]
+    probes: list[Rollout]
     generated_tokens: int
     prefilled_tokens: int
     """Read by the sampling model: prompts, evidence, cues, and rows that are scored again."""
-    seconds: dict[str, float]
 
 
 def collect(
@@ -74,7 +86,7 @@ def collect(
     step comes out. learner_policy: scores with the learner's own weights where `method.mismatch_cap` > 0.
     more: the next questions, asked while too few groups have signal (`method.dynamic_sampling`).
     """
-    method, agent = config.method, config.agent
+    method = config.method
     generator = torch.Generator().manual_seed(seed)
     clock = _Clock()
     session = policy.session()
@@ -88,19 +100,59 @@ def collect(
         generated, prefilled = session.generated_tokens, session.prefilled_tokens
     finally:
         session.close()
-    base, group_of, plans, probes = drawn.base, drawn.groups, drawn.plans, drawn.probes
+    corrected = correct_rollouts(
+        drawn.base,
+        drawn.groups,
+        drawn.probes,
+        policy.score,
+        trie,
+        config,
+        keep_ratio,
+        generator,
+        None if learner_policy is None else learner_policy.score,
+    )
+    known = {field.name: getattr(corrected, field.name) for field in fields(Corrected)}
+    if method.dynamic_sampling:
+        rewards = [rollout.reward for rollout in (*drawn.base, *kept_probes(drawn.probes, corrected.kept))]
+        chosen = groups_with_signal(rewards, corrected.groups)[: len(questions)]
+        known["samples"] = [sample for sample in corrected.samples if sample.group in chosen]
+    known["seconds"] = clock.seconds | corrected.seconds
+    return Collected(
+        **known,
+        base=drawn.base,
+        probes=drawn.probes,
+        generated_tokens=generated,
+        prefilled_tokens=prefilled + corrected.scored_tokens,
+    )
 
-    # §3 Filter: keep the best ⌊ρ·N_base⌋.
+
+def correct_rollouts(
+    base: Sequence[Rollout],
+    group_of: Sequence[int],
+    probes: Sequence[Rollout],
+    score: Score,
+    trie: CueTrie | None,
+    config: Config,
+    keep_ratio: float,
+    generator: torch.Generator,
+    learner_score: Score | None = None,
+) -> Corrected:
+    """Filter, correction, advantages: METHOD §3, for rollouts of any engine.
+
+    group_of: the question of each base rollout. Probes name their base rollout in `parent`.
+    """
+    method, clock = config.method, _Clock()
+    # Keep the best ⌊ρ·N_base⌋.
     scores = _scores(probes, method, generator)
     keep = len(probes) if method.filter == "none" else keep_count(len(base), keep_ratio)
     kept = keep_probes(scores, keep)
-    chosen = [(plan, probe) for plan, probe, k in zip(plans, probes, kept.tolist(), strict=True) if k]
+    chosen = kept_probes(probes, kept)
 
-    # §3 Correction: rows, densities, weights and masks; then group-relative advantages.
-    rollouts = [*base, *(probe for _, probe in chosen)]
-    groups = [*group_of, *(group_of[plan.parent] for plan, _ in chosen)]
-    rows, scored = _rows(base, chosen, method, policy, agent.temperature)
-    rows, weight = _match(rows, method, learner_policy, agent.temperature)
+    # Rows, densities, weights and masks; then group-relative advantages.
+    rollouts = [*base, *chosen]
+    groups = [*group_of, *(group_of[_parent(probe)] for probe in chosen)]
+    rows, scored = _rows(base, chosen, method, score, config.agent.temperature)
+    rows, weight = _match(rows, method, learner_score, config.agent.temperature)
     clock.lap("score")
     streams = correct(pad(rows, groups, [rollout.em == 1.0 for rollout in rollouts]), method, trie)
     if weight is not None:
@@ -110,29 +162,18 @@ def collect(
         rewards, torch.tensor(groups), method.advantage_scale, method.advantage_baseline
     )
     samples = make_samples(rows, groups, streams, advantages)
-    if method.dynamic_sampling:
-        chosen_groups = groups_with_signal(rewards.tolist(), groups)[: len(questions)]
-        samples = [sample for sample in samples if sample.group in chosen_groups]
     clock.lap("correct")
-    return Collected(
-        base,
-        probes,
-        scores,
-        kept,
-        rows,
-        groups,
-        streams,
-        advantages,
-        samples,
-        generated,
-        prefilled + scored,
-        clock.seconds,
-    )
+    return Corrected(scores, kept, rows, groups, streams, advantages, samples, scored, clock.seconds)
+
+
+def kept_probes(probes: Sequence[Rollout], kept: Tensor) -> list[Rollout]:
+    """The probes that the filter kept, in order."""
+    return [probe for probe, keep in zip(probes, kept.tolist(), strict=True) if keep]
 
 
 @dataclass(slots=True)
 class _Drawn:
-    """What was sampled so far in a session: base rollouts, and probes beside the plans that made them."""
+    """What was sampled so far in a session: base rollouts, and probes that name theirs in `parent`."""
 
     policy: Policy
     session: Session
@@ -144,7 +185,6 @@ class _Drawn:
     base: list[Rollout] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
     """Of each base rollout: the place of its question among all that were asked."""
-    plans: list[ProbePlan] = field(default_factory=list)
     probes: list[Rollout] = field(default_factory=list)
 
     def draw(self, questions: Sequence[Question], seed: int) -> None:
@@ -159,31 +199,32 @@ class _Drawn:
         self.clock.lap("rollout")
 
         # §2.2–2.4 Dead ends, a coin and a cue for each, and the same policy goes on from the cut.
-        planned = _plan(base, groups, method, self.trie, self.generator)
-        made = [(plan, _fork(episodes[plan.parent], plan, first, self.trie)) for plan in planned]
+        planned = plan(base, groups, method, self.trie, self.generator)
+        made = [fork_probe(episodes[probe.parent], probe, self.trie, first) for probe in planned]
         # A cue that no longer fits the window leaves nothing to go on with.
-        alive = [(plan, fork) for plan, fork in made if fork.state is not State.DONE]
-        forks = [fork for _, fork in alive]
+        forks = [fork for fork in made if fork.state is not State.DONE]
         self.session.run(forks, self.retriever, agent.temperature, seed + 1)
         self.base += base
         self.groups += groups
-        self.plans += [replace(plan, parent=first + plan.parent) for plan, _ in alive]
         self.probes += [fork.rollout() for fork in forks]
         self.clock.lap("probe")
 
     def with_signal(self) -> int:
         """Groups whose rollouts, probes included, differ in reward."""
         rewards = [rollout.reward for rollout in (*self.base, *self.probes)]
-        return len(groups_with_signal(rewards, [*self.groups, *(self.groups[p.parent] for p in self.plans)]))
+        return len(
+            groups_with_signal(rewards, [*self.groups, *(self.groups[_parent(p)] for p in self.probes)])
+        )
 
 
-def _plan(
+def plan(
     base: Sequence[Rollout],
     groups: Sequence[int],
     method: MethodConfig,
     trie: CueTrie | None,
     generator: torch.Generator,
 ) -> list[ProbePlan]:
+    """Which base rollouts are probed, and with which cue. METHOD §2.2–2.4."""
     if not method.probe:
         return []
     right = [rollout.em == 1.0 for rollout in base]
@@ -197,9 +238,18 @@ def _plan(
     return plan_probes(dead, method.probe_probability, None if trie is None else len(trie), generator)
 
 
-def _fork(episode: Episode, plan: ProbePlan, first: int, trie: CueTrie | None) -> Episode:
-    cue = () if plan.cue is None or trie is None else trie.cues[plan.cue]
-    return episode.fork(cue, plan.cue, first + plan.parent)
+def fork_probe(episode: Episode, planned: ProbePlan, trie: CueTrie | None, first: int = 0) -> Episode:
+    """The probe of a finished base rollout, cut and cued; DONE at once where the cue does not fit.
+
+    first: index in the step of the base rollout that the plan calls 0.
+    """
+    cue = () if planned.cue is None or trie is None else trie.cues[planned.cue]
+    return episode.fork(cue, planned.cue, first + planned.parent)
+
+
+def _parent(probe: Rollout) -> int:
+    assert probe.parent is not None
+    return probe.parent
 
 
 def _scores(probes: Sequence[Rollout], method: MethodConfig, generator: torch.Generator) -> Tensor:
@@ -215,30 +265,30 @@ def _scores(probes: Sequence[Rollout], method: MethodConfig, generator: torch.Ge
 
 def _rows(
     base: Sequence[Rollout],
-    chosen: Sequence[tuple[ProbePlan, Rollout]],
+    chosen: Sequence[Rollout],
     method: MethodConfig,
-    policy: Policy,
+    score: Score,
     temperature: float,
 ) -> tuple[list[Row], int]:
     """The token rows to train on, and how many tokens had to be scored for them."""
     rows = [row_of(rollout) for rollout in base]
     if method.realignment != "internalize":
-        return [*rows, *(row_of(probe) for _, probe in chosen)], 0
-    spliced = [splice(probe, base[plan.parent]) for plan, probe in chosen]
+        return [*rows, *map(row_of, chosen)], 0
+    spliced = [splice(probe, base[_parent(probe)]) for probe in chosen]
     if method.tail == "truncated":
         return [*rows, *spliced], 0
-    logps = policy.score([(row.prompt, row.tokens) for row in spliced], temperature)
+    logps = score([(row.prompt, row.tokens) for row in spliced], temperature)
     spliced = [with_tail_logp(row, logp.tolist()) for row, logp in zip(spliced, logps, strict=True)]
     return [*rows, *spliced], sum(len(row.prompt) + len(row.tokens) for row in spliced)
 
 
 def _match(
-    rows: list[Row], method: MethodConfig, learner_policy: Policy | None, temperature: float
+    rows: list[Row], method: MethodConfig, score: Score | None, temperature: float
 ) -> tuple[list[Row], Tensor | None]:
     """Rows under the learner's own log π_old, and the weight that corrects the sampler's numerics."""
-    if method.mismatch_cap == 0.0 or learner_policy is None:
+    if method.mismatch_cap == 0.0 or score is None:
         return rows, None
-    logps = learner_policy.score([(row.prompt, row.tokens) for row in rows], temperature)
+    logps = score([(row.prompt, row.tokens) for row in rows], temperature)
     matched = [
         replace(
             row,

@@ -7,7 +7,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
-from rexrag.config import Config
+from rexrag.agent.episode import Codec
+from rexrag.config import Config, MethodConfig
 from rexrag.diagnostics import describe, diagnose
 from rexrag.errors import CheckpointError, DataError
 from rexrag.evaluate import evaluate
@@ -81,6 +82,10 @@ def train(
     that was never stopped. An interrupt finishes the step, saves, and raises KeyboardInterrupt.
     Raises RexragError with one line.
     """
+    if config.engine == "verl":
+        from rexrag.engine.verl.launch import launch
+
+        return launch(config, folder, resume)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     setup = build(config)
@@ -112,7 +117,7 @@ def train(
                 _save(config, setup, folder, progress)
             if interrupted() and not last:
                 raise KeyboardInterrupt
-    return _summarise(config, folder, progress)
+    return summarise(config, folder, progress)
 
 
 def questions_of(questions: Sequence[Question], asked: int, count: int, seed: int) -> list[Question]:
@@ -132,12 +137,53 @@ def step_seed(seed: int, number: int, purpose: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def next_keep_ratio(method: MethodConfig, progress: Progress) -> float:
+    """ρ of the next step: `keep_ratio`, or what the kept probes' accuracy makes of it."""
+    if method.keep == "adaptive":
+        return adaptive_keep_ratio(progress.probe_accuracy, method.keep_ratio, method.keep_floor)
+    return method.keep_ratio
+
+
+def account(
+    progress: Progress,
+    collected: Collected,
+    learned: Mapping[str, float],
+    method: MethodConfig,
+    keep_ratio: float,
+    seconds: float,
+) -> dict[str, Any]:
+    """Count a finished step in `progress` and return its row of `metrics.jsonl`.
+
+    learned: the learner's figures. seconds: of the whole step.
+    """
+    figures = {**describe(collected), **learned}
+    progress.step += 1
+    progress.generated_tokens += collected.generated_tokens
+    progress.prefilled_tokens += collected.prefilled_tokens
+    progress.spent_tokens = progress.generated_tokens + progress.prefilled_tokens
+    progress.rollouts += len(collected.base) + len(collected.probes)
+    progress.probe_accuracy = update_probe_accuracy(
+        progress.probe_accuracy,
+        int(figures["probes/kept_right"]),
+        int(figures["probes/kept"]),
+        method.keep_momentum,
+    )
+    progress.seconds += seconds
+    row = position(progress) | {"keep_ratio": keep_ratio, **figures}
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+
+
+def log_step(config: Config, codec: Codec, folder: Path, row: dict[str, Any], collected: Collected) -> None:
+    """Add a step to the run folder's logs."""
+    append(folder / "metrics.jsonl", [row])
+    if config.train.log_rollouts:
+        rows = trace_rows(collected, row["step"], codec, config.train.log_rollouts)
+        append(folder / "rollouts.jsonl.zst", rows)
+
+
 def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dict[str, Any]:
     start = time.perf_counter()
-    method, number = config.method, progress.step + 1
-    ratio = method.keep_ratio
-    if method.keep == "adaptive":
-        ratio = adaptive_keep_ratio(progress.probe_accuracy, method.keep_ratio, method.keep_floor)
+    number, ratio = progress.step + 1, next_keep_ratio(config.method, progress)
 
     def questions() -> list[Question]:
         progress.asked += config.train.questions
@@ -159,23 +205,11 @@ def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dic
     diagnosed = _diagnose(config, setup, number, collected)
     aside = time.perf_counter() - before
     before = time.perf_counter()
-    learned = setup.learner.update(collected.samples, method, config.agent.temperature)
-    figures = describe(collected) | diagnosed | learned | {"time/update": time.perf_counter() - before}
-    progress.step = number
-    progress.generated_tokens += collected.generated_tokens
-    progress.prefilled_tokens += collected.prefilled_tokens
-    progress.spent_tokens = progress.generated_tokens + progress.prefilled_tokens
-    progress.rollouts += len(collected.base) + len(collected.probes)
-    progress.probe_accuracy = update_probe_accuracy(
-        progress.probe_accuracy,
-        int(figures["probes/kept_right"]),
-        int(figures["probes/kept"]),
-        method.keep_momentum,
-    )
-    progress.seconds += time.perf_counter() - start - aside
-    row = _position(progress) | {"keep_ratio": ratio, **figures}
-    row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-    _log(config, setup, folder, row, collected)
+    learned = setup.learner.update(collected.samples, config.method, config.agent.temperature)
+    now = time.perf_counter()
+    learned = diagnosed | learned | {"time/update": now - before}
+    row = account(progress, collected, learned, config.method, ratio, now - start - aside)
+    log_step(config, setup.policy.codec, folder, row, collected)
     return row
 
 
@@ -187,14 +221,8 @@ def _diagnose(config: Config, setup: Setup, number: int, collected: Collected) -
     return diagnose(collected, setup.learner, setup.start(), config)
 
 
-def _log(config: Config, setup: Setup, folder: Path, row: dict[str, Any], collected: Collected) -> None:
-    append(folder / "metrics.jsonl", [row])
-    if config.train.log_rollouts:
-        rows = trace_rows(collected, row["step"], setup.policy.codec, config.train.log_rollouts)
-        append(folder / "rollouts.jsonl.zst", rows)
-
-
-def _position(progress: Progress) -> dict[str, Any]:
+def position(progress: Progress) -> dict[str, Any]:
+    """The counts that every row of the logs carries."""
     return {name: getattr(progress, name) for name in COUNTS} | {"seconds": round(progress.seconds, 3)}
 
 
@@ -218,7 +246,7 @@ def _evaluate(
         sets.append(("fresh", setup.fresh, make_retriever(config.retriever, setup.fresh.corpus)))
     for name, data, retriever in sets:
         figures = evaluate(setup.policy, data.dev, retriever, config).figures
-        row = _position(progress) | {"set": name, **figures}
+        row = position(progress) | {"set": name, **figures}
         append(folder / "eval.jsonl", [row])
         if observer:
             observer.evaluated(row)
@@ -247,7 +275,8 @@ def _restore(folder: Path, setup: Setup) -> Progress:
     return Progress(**{field.name: state[field.name] for field in fields(Progress)})
 
 
-def _summarise(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
+def summarise(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Write `summary.json` from what the run folder holds."""
     evaluations: list[dict[str, Any]] = []
     fresh: list[dict[str, Any]] = []
     if (folder / "eval.jsonl").exists():
@@ -259,7 +288,7 @@ def _summarise(config: Config, folder: Path, progress: Progress) -> dict[str, An
         "arm": config.arm,
         "seed": config.seed,
         "steps": progress.step,
-        **_position(progress),
+        **position(progress),
     }
     if evaluations:
         first, last = evaluations[0], evaluations[-1]

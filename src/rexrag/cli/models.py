@@ -11,7 +11,7 @@ import typer
 from rexrag import presets
 from rexrag.cli.training import JsonOption, SetOption
 
-model_app = typer.Typer(help="Import weights.", no_args_is_help=True)
+model_app = typer.Typer(help="Import and export weights.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +33,27 @@ def model_import(
 
     folder = import_gguf(file, out)
     print(json.dumps({"out": str(folder)}) if as_json else f"model folder {folder}")
+
+
+@model_app.command("export")
+def model_export(
+    checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; default: as saved.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a checkpoint, of either engine, into an ordinary Hugging Face folder; a LoRA is merged in.
+
+    \b
+    Examples:
+      rexrag model export runs/qwen2.5-3b --out models/rex-3b --dtype bfloat16
+      rexrag model export runs/qwen2.5-3b/checkpoints/global_step_200 --out models/rex-3b-200
+    """
+    from rexrag.engine.verl.export import export
+
+    facts = export(checkpoint, out, dtype)
+    text = f"{facts['parameters']:,} parameters in {facts['dtype']}, from {facts['from']}: {facts['out']}"
+    print(json.dumps(facts) if as_json else text)
 
 
 def warmup(

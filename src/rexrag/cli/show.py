@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -164,6 +165,20 @@ def diagnostics_table(result: dict[str, Any]) -> Table:
         found = figures["diagnostics"]
         rows.append([arm, *(f"{found[name]:.3f}" if name in found else "–" for name in columns.values())])
     return table("On the way (means over steps and seeds)", ("arm", *columns), rows)
+
+
+def dry_run_tables(facts: dict[str, Any]) -> Iterable[Table | str]:
+    """What `rexrag train --dry-run` found: verl's keys, memory, a step, and what stands in the way."""
+    keys = [(key, json.dumps(value)) for key, value in sorted(facts["verl"].items())]
+    yield table("What rexrag sets in verl's configuration", ("key", "value"), keys, words=True)
+    memory = [(name, f"{value:.1f}") for name, value in facts["memory_gib"].items()]
+    yield table("Memory of one GPU, estimated", ("part", "GiB"), memory)
+    counts = [(name, f"{value:,.0f}") for name, value in facts["step"].items()]
+    yield table("One step, estimated", ("what", "count"), counts)
+    seconds = [(name, f"{value:,.1f}") for name, value in facts["seconds"].items()]
+    yield table("Time of one step, estimated from stated assumptions; not measured", ("phase", "s"), seconds)
+    for note in facts["notes"]:
+        yield escape(note)
 
 
 def stdout() -> Console:

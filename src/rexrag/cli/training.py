@@ -34,6 +34,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="engine = verl: what would run, and does it fit; then stop.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a search agent, show that it got better, and leave a run folder with a page.
@@ -44,6 +47,7 @@ def train(
       rexrag train --set train.steps=100 --out runs/long
       rexrag train smollm2-2wiki --set data.train=train.jsonl --set data.corpus=corpus.jsonl
       rexrag train --resume --out runs/long
+      rexrag train qwen2.5-3b-nq-hotpot --dry-run
     """
     from rexrag.cli.show import RunProgress, stdout, summary_table
     from rexrag.report import write_report
@@ -57,6 +61,17 @@ def train(
         settings = presets.resolve(out / "config.toml", arm, overrides)
     else:
         settings = presets.resolve(config, arm, overrides)
+    if dry_run:
+        from rexrag.cli.show import dry_run_tables
+        from rexrag.engine.verl.dry_run import dry_run as look
+
+        facts = look(settings)
+        if as_json:
+            print(json.dumps(facts))
+            return
+        for shown in dry_run_tables(facts):
+            stdout().print(shown)
+        return
     folder = out or free_folder(settings.name)
     console = stdout()
     console.quiet = as_json

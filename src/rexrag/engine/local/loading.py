@@ -26,6 +26,8 @@ from rexrag.errors import ConfigError, ModelError
 EMBEDDED = {"embedded": "hard", "embedded-middle": "middle", "embedded-easy": "easy"}
 """Starts shipped in the package: name in the configuration -> folder in `rexrag/data/starts`."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+LORA_SCALE = 2.0
+"""alpha / rank of every LoRA."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -151,7 +153,9 @@ def _add_lora(model: Any, rank: int, seed: int) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", bias="none"))
+        model.add_adapter(
+            LoraConfig(r=rank, lora_alpha=int(LORA_SCALE * rank), target_modules="all-linear", bias="none")
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
