@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from rexrag.cli import models, tools, training
+from rexrag.cli import models, search, tools, training
 from rexrag.errors import RexragError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 training.register(app)
 tools.register(app)
+search.register(app)
 models.register(app)
 
 
