@@ -1,8 +1,8 @@
 """Building an index folder from a corpus file: streamed, with progress, and resumed after a kill.
 
 Work goes on in `OUT.partial`, which becomes `OUT` when all is there. Its `build.json` names corpus, options
-and the stages that are finished; the same command goes on with the first one that is not. tantivy and the encoder
-also go on inside a stage, from their last commit.
+and the stages that are finished; the same command goes on with the first one that is not. tantivy and the
+encoder also go on inside a stage, from their last commit.
 
 | stage | kinds | memory |
 |---|---|---|
@@ -18,7 +18,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -103,7 +103,7 @@ def build_index(
     with _claimed(partial, Path(corpus), options) as state:
         if "corpus_digest" not in state:
             rows = read_corpus(corpus, unique=False)
-            digest = _write(partial, rows, corpus, lambda done: tell("documents", done, documents))
+            digest = write_documents(partial, rows, lambda done: tell("documents", done, documents), corpus)
             state["corpus_digest"] = digest
             write_json(partial / STATE, state)
         stored = StoredDocuments(partial)
@@ -170,14 +170,6 @@ def _dense(
         build_ann(folder, dense, lambda done: tell("ann", done, len(stored)))
         _finish(folder, state, "ann", True)
     return {"encoder": card, **asdict(dense)}
-
-
-def _write(folder: Path, rows: Iterator[Any], corpus: str | Path, counted: Callable[[int], None]) -> str:
-    try:
-        return write_documents(folder, rows, counted)
-    except DataError as error:
-        # The rows of the file name it themselves; what is found over all of them does not.
-        raise error if str(error).startswith(str(corpus)) else DataError(str(error), file=corpus) from None
 
 
 def _finish(folder: Path, state: dict[str, Any], stage: str, value: object) -> None:

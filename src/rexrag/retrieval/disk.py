@@ -22,6 +22,8 @@ from rexrag.retrieval.bm25 import BM25Options, split_words
 FOLDER = "tantivy"
 HEAP_BYTES = 128_000_000
 """What the writer collects before it writes a piece to disk."""
+TIES, MOST_TIES = 8, 4096
+"""Further hits that are fetched so that ties at the border are settled by place; more where they tie too."""
 COMMIT_EVERY = 100_000
 """Documents between two commits: what a kill can cost."""
 
@@ -61,9 +63,20 @@ class TantivyRanker:
             (tantivy.Occur.Should, tantivy.Query.term_query(self.schema, "words", word, "freq"))
             for word in words
         ]
-        found = self.searcher.search(tantivy.Query.boolean_query(terms), min(topk, len(self)), count=False)
-        places = self.searcher.fast_field_values("place", [address for _, address in found.hits])
-        hits = [(int(place or 0), float(score)) for (score, _), place in zip(found.hits, places, strict=True)]
+        wanted = tantivy.Query.boolean_query(terms)
+        margin = TIES
+        while True:
+            hits = self._hits(wanted, min(topk + margin, len(self)))
+            # Which of equal documents tantivy drops at the border depends on how its pieces were merged.
+            if len(hits) < topk + margin or hits[topk - 1][1] > hits[-1][1] or margin > MOST_TIES:
+                return hits[:topk]
+            margin *= 8
+
+    def _hits(self, query: tantivy.Query, limit: int) -> Hits:
+        found = self.searcher.search(query, limit, count=False).hits
+        places = self.searcher.fast_field_values("place", [address for _, address in found])
+        # The order in which float32 parts are added varies too; the fifth decimal is noise.
+        hits = [(int(place or 0), round(score, 4)) for (score, _), place in zip(found, places, strict=True)]
         return sorted(hits, key=lambda hit: (-hit[1], hit[0]))
 
 

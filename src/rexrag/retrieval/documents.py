@@ -50,12 +50,16 @@ class StoredDocuments:
 
 
 def write_documents(
-    folder: Path, documents: Iterable[Document], counted: Callable[[int], None] | None = None
+    folder: Path,
+    documents: Iterable[Document],
+    counted: Callable[[int], None] | None = None,
+    file: object = None,
 ) -> str:
     """Write a stream of documents and return the digest of the corpus; nothing of it is kept in memory.
 
     16 bytes a document stay: where it begins, and a hash of its id to find one that comes twice.
-    Raises DataError for an id that comes twice, with its row among the documents, and for no documents.
+    Raises DataError, naming `file`, for an id that comes twice (with its row among the documents) and for
+    no documents.
     """
     offsets, hashes = array("q", [0]), array("Q")
 
@@ -71,13 +75,13 @@ def write_documents(
 
     digest = documents_digest(written())
     if not hashes:
-        raise DataError("the corpus is empty; expected one JSON object a line")
+        raise DataError("the corpus is empty; expected one JSON object a line", file=file)
     np.save(folder / OFFSETS, np.frombuffer(offsets, dtype=np.int64), allow_pickle=False)
-    _refuse_twins(np.frombuffer(hashes, dtype=np.uint64), StoredDocuments(folder))
+    _refuse_twins(np.frombuffer(hashes, dtype=np.uint64), StoredDocuments(folder), file)
     return digest
 
 
-def _refuse_twins(hashes: NDArray[np.uint64], documents: StoredDocuments) -> None:
+def _refuse_twins(hashes: NDArray[np.uint64], documents: StoredDocuments, file: object) -> None:
     order = np.argsort(hashes, kind="stable")
     suspects = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
     seen: dict[str, int] = {}
@@ -87,6 +91,7 @@ def _refuse_twins(hashes: NDArray[np.uint64], documents: StoredDocuments) -> Non
         if name in seen:
             raise DataError(
                 f"'{name}' was seen before (document {seen[name] + 1}); ids are unique",
+                file=file,
                 row=place + 1,
                 field="id",
             )

@@ -66,12 +66,14 @@ class Encoder:
         """`model`: a folder or hub id, safetensors only. Raises ConfigError (extra missing), ModelError."""
         try:
             from sentence_transformers import SentenceTransformer
+            from transformers.utils.logging import disable_progress_bar
         except ImportError:
             raise ConfigError(
                 "dense retrieval needs sentence-transformers and faiss: pip install 'rexrag[dense]'"
             ) from None
         if not model:
             raise ConfigError("no encoder is named; give a sentence-transformers folder or id")
+        disable_progress_bar()
         try:
             self.model = SentenceTransformer(
                 model, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
