@@ -67,7 +67,7 @@ class RetrieveRequest(BaseModel):
 def create_app(
     retriever: Retriever, *, default_topk: int = 3, token: str | None = None, limits: Limits | None = None
 ) -> FastAPI:
-    """The service as an ASGI application. With a `token`, `/retrieve` wants it as a bearer token."""
+    """The service as an ASGI application. With a `token`, all but `/health` wants it as a bearer token."""
     limits = limits or Limits()
     metrics = Metrics()
     batcher = Batcher(retriever, metrics, batch=limits.batch, waiting=limits.waiting, cache=limits.cache)
@@ -169,11 +169,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _refuse_head(request: Request, token: str | None, body_bytes: int) -> Response | None:
+    given = request.headers.get("authorization", "")
+    guarded = token and request.url.path != "/health"
+    if guarded and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        return _refusal(401, "expected the service's bearer token", {"WWW-Authenticate": "Bearer"})
     if request.method != "POST":
         return None
-    given = request.headers.get("authorization", "")
-    if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        return _refusal(401, "expected the service's bearer token", {"WWW-Authenticate": "Bearer"})
     length = request.headers.get("content-length", "")
     if not length.isdecimal():
         return _refusal(411, "expected a Content-Length")
