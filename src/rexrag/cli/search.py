@@ -112,7 +112,7 @@ def index_build(
     refuse_other_folder(out)
     needs = plan(corpus, out, options)
     # Progress goes to stderr, so that --json leaves stdout to the answer.
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(
         f"{corpus}: about {needs.documents:,} passages. Will need about {_bytes(needs.disk)} of disk"
         + (f" (and {_bytes(needs.scratch)} while it is built)" if needs.scratch else "")

@@ -20,9 +20,10 @@ from rexrag.retrieval.corpus import read_corpus
 from rexrag.retrieval.disk import HEAP_BYTES
 
 SAMPLE = 2000
+PROBES, PROBE_BYTES = 64, 65_536
 ENCODED = 64
-BASE_MEMORY = 400e6
-"""Python with numpy and the index libraries; torch is another ENCODER_MEMORY."""
+BASE_MEMORY = 100e6
+"""Python with numpy and the index libraries; torch and an encoder are another ENCODER_MEMORY."""
 ENCODER_MEMORY = 800e6
 WORD_BYTES = 8
 """bm25: one word of a passage while it is built, a pointer to its number."""
@@ -59,7 +60,7 @@ def plan(corpus: str | Path, out: str | Path, options: BuildOptions) -> Plan:
     line = sum(
         len(json.dumps({"id": d.id, "contents": d.contents}, ensure_ascii=False).encode()) + 1 for d in rows
     )
-    documents = len(rows) if len(rows) < SAMPLE else max(len(rows), round(size * len(rows) / line))
+    documents = len(rows) if len(rows) < SAMPLE else max(len(rows), _lines(corpus, size))
     disk, scratch, memory = (
         1.02 * documents * line / len(rows) + 8 * documents,
         0.0,
@@ -129,6 +130,17 @@ def _judged(found: Plan, options: BuildOptions, out: str | Path) -> Plan:
     if options.dense_part and options.dense.get("ann") == "hnsw":
         warnings.append("building the hnsw graph comes on top of the time and cannot be told beforehand")
     return Plan(**{**{name: getattr(found, name) for name in found.__slots__}, "warnings": tuple(warnings)})
+
+
+def _lines(corpus: str | Path, size: int) -> int:
+    """About how many lines a file has, counted in PROBES stretches: rows at the start may be of one kind."""
+    ends = read = 0
+    with Path(corpus).open("rb") as file:
+        for probe in range(PROBES):
+            file.seek(size * probe // PROBES)
+            stretch = file.read(min(PROBE_BYTES, size // PROBES))
+            ends, read = ends + stretch.count(b"\n"), read + len(stretch)
+    return round(size * ends / max(1, read))
 
 
 def _size(corpus: str | Path) -> int:
