@@ -124,6 +124,9 @@ def test_an_out_folder_that_cannot_be_used(run, files):
         (["score", "nothing.jsonl"], ["nothing.jsonl"]),
         (["retrieve", "x"], ["exactly one of --index"]),
         (["serve", "nothing"], ["nothing", "no index here"]),
+        (["index", "build", "nothing.jsonl", "--out", "i"], ["nothing.jsonl", "no such file"]),
+        (["index", "build", "c", "--out", "i", "--kind", "bm26"], ["--kind bm26", "bm25-disk", "hybrid"]),
+        (["index", "build", "c", "--out", "i", "--kind", "dense"], ["--kind dense needs --encoder"]),
         (["report", "nothing"], ["nothing"]),
         (["data", "world", "w", "--people", "12", "--train", "99999"], ["12 people", "asked for"]),
     ],
@@ -257,6 +260,11 @@ def test_tools_print_what_they_found(run, files, monkeypatch):
     assert "2 documents" in run("index", "build", folder / "corpus.jsonl", "--out", folder / "index")[1]
     code, out, _ = run("retrieve", "city in Norway", "--index", folder / "index", "-k", 1, "--json")
     assert code == 0 and json.loads(out)[0][0]["id"] == "1"
+    disk = folder / "disk"
+    built = run("index", "build", folder / "corpus.jsonl", "--out", disk, "--kind", "bm25-disk", "--json")
+    assert json.loads(built[1])["documents"] == 2
+    assert "about 2 passages. Will need about" in built[2]
+    assert "Oslo" in run("retrieve", "Norway", "--index", disk)[1]
     assert "Oslo" in run("retrieve", "Norway", "--corpus", folder / "corpus.jsonl")[1]
     assert (
         "4 questions" in run("data", "check", folder / "train.jsonl", "--corpus", folder / "corpus.jsonl")[1]

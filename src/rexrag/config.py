@@ -70,11 +70,13 @@ class DataConfig(Model):
 class RetrieverConfig(Model):
     """Who answers a search."""
 
-    kind: Literal["bm25", "remote"] = "bm25"
+    kind: Literal["bm25", "bm25-disk", "dense", "hybrid", "remote"] = "bm25"
     url: str = ""
     """Address of a Search-R1 `/retrieve` service, for `remote`."""
     index: str = ""
-    """A saved index folder; empty builds one in memory from the corpus."""
+    """A saved index folder of this kind; empty builds a bm25 index in memory from the corpus."""
+    encoder: str = ""
+    """Where the encoder of a dense or hybrid index is, if not where it was when the index was built."""
     topk: Count = 3
     timeout: Positive = 30.0
     retries: Annotated[int, Field(ge=0)] = 8

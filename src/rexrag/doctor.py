@@ -19,11 +19,14 @@ NEEDED = (
     "safetensors",
     "pydantic",
     "bm25s",
+    "tantivy",
     "fastapi",
     "plotly",
     "peft",
 )
 OPTIONAL = {
+    "sentence-transformers": ("dense and hybrid retrieval: encoders", "pip install 'rexrag[dense]'"),
+    "faiss-cpu": ("dense and hybrid retrieval: vector search", "pip install 'rexrag[dense]'"),
     "gguf": ("importing GGUF weights", "pip install gguf"),
     "tensorboard": ("logging to TensorBoard", "pip install tensorboard"),
     "verl": ("engine = 'verl': several GPUs", 'pip install "rexrag[verl]"'),

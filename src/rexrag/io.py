@@ -58,16 +58,24 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = _temporary_name(path), _temporary_name(path)
+    temporary = _temporary_name(path)
     temporary.mkdir()
     try:
         yield temporary
+        replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Rename folder `new` to `path`; what stood there is removed, and put back where the rename fails."""
+    replaced = _temporary_name(path)
+    try:
         # Two renames, because a folder cannot be renamed onto one that holds files.
         if path.exists():
             os.replace(path, replaced)
-        os.replace(temporary, path)
+        os.replace(new, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not path.exists():
             os.replace(replaced, path)
         shutil.rmtree(replaced, ignore_errors=True)

@@ -56,7 +56,7 @@ def test_real_corpus_saved_and_loaded(shared: Path, tmp_path: Path) -> None:
 def test_scores_and_documents_are_mapped_not_read(folder: Path) -> None:
     loaded = load_index(folder)
     for name in ("data", "indices", "indptr"):
-        base = loaded.scorer.scores[name]
+        base = loaded.ranker.scorer.scores[name]
         while isinstance(base, np.ndarray) and base.base is not None:
             base = base.base
         assert isinstance(base, mmap.mmap)
@@ -96,7 +96,7 @@ def test_another_corpus_is_refused(folder: Path, documents: list[Document]) -> N
 def test_options_are_kept(documents: list[Document], tmp_path: Path) -> None:
     built = BM25Retriever.build(documents, BM25Options(k1=0.4, b=0.1))
     loaded = load_index(save_index(built, tmp_path / "index"))
-    assert loaded.options == BM25Options(k1=0.4, b=0.1)
+    assert loaded.ranker.options == BM25Options(k1=0.4, b=0.1)
     assert loaded.search(QUERIES, 3) == built.search(QUERIES, 3)
 
 
@@ -109,8 +109,8 @@ def edit_manifest(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=99), "expected a BM25 index of format 1"),
-        (lambda m: m.update(kind="dense"), "expected a BM25 index of format 1"),
+        (lambda m: m.update(format=99), "expected an index of format 1"),
+        (lambda m: m.update(kind="sparse"), "expected one of bm25, bm25-disk, dense, hybrid"),
         (lambda m: m.update(documents=4), "disagree on the number of documents"),
         (lambda m: m.pop("corpus_digest"), "field 'corpus_digest'"),
         (lambda m: m["options"].update(words="other"), "words were split by 'other'"),

@@ -100,6 +100,7 @@ def test_a_token_guards_retrieve(retriever: BM25Retriever) -> None:
         right = http.post("/retrieve", json={"queries": []}, headers={"Authorization": "Bearer s3cret"})
         assert right.json() == {"result": []}
         assert http.get("/health").status_code == 200
+        assert http.get("/metrics").status_code == 401
 
 
 class Stuck:

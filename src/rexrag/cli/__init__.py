@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from rexrag.cli import evaluation, models, tools, training
+from rexrag.cli import evaluation, models, search, tools, training
 from rexrag.errors import RexragError
 from rexrag.io import printable
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 training.register(app)
 evaluation.register(app)
 tools.register(app)
+search.register(app)
 models.register(app)
 
 

@@ -74,6 +74,49 @@ class RunProgress:
             self.live = None
 
 
+class BuildProgress:
+    """How far an index build is: one live line a stage on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live: Progress | None = None
+        self.tasks: dict[str, Any] = {}
+        self.begun: dict[str, tuple[float, int]] = {}
+        self.last = time.monotonic()
+
+    def __enter__(self) -> BuildProgress:
+        if self.console.is_terminal:
+            self.live = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        total = max(total, done)
+        # From what the first call found: a resumed stage does not begin at 0.
+        start, first = self.begun.setdefault(stage, (now, done))
+        if self.live is not None:
+            if stage not in self.tasks:
+                self.tasks[stage] = self.live.add_task(stage, total=total)
+            self.live.update(self.tasks[stage], completed=done, total=total)
+        elif now - self.last > QUIET_SECONDS and done > first:
+            self.last = now
+            eta = (now - start) * (total - done) / (done - first)
+            self.console.print(f"{stage}: {done:,}/{total:,}  eta {eta:.0f} s")
+
+
 def format_interval(value: dict[str, float]) -> str:
     """`.412 [.356, .468]`."""
     return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]".replace("0.", ".")

@@ -1,4 +1,4 @@
-"""`rexrag ask`, `score`, `index`, `retrieve`, `serve`, `data`, `doctor`."""
+"""`rexrag ask`, `score`, `data`, `doctor`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import typer
 
 from rexrag import presets
 from rexrag.cli.training import JsonOption, SetOption
-from rexrag.errors import ConfigError
 
-index_app = typer.Typer(help="Build retrieval indexes.", no_args_is_help=True)
 data_app = typer.Typer(help="Make and check data sets.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
-    for command in (ask, score, retrieve, serve, doctor):
+    for command in (ask, score, doctor):
         app.command()(command)
-    app.add_typer(index_app, name="index")
     app.add_typer(data_app, name="data")
 
 
@@ -75,80 +72,6 @@ def score(
         console.print(table(str(file), columns, lines))
     shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(totals).items()}
     console.print(table("Totals", ("figure", "value"), shown.items()))
-
-
-def retrieve(
-    query: Annotated[list[str], typer.Argument(help="Queries.")],
-    index: Annotated[Path | None, typer.Option(help="An index folder.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Or a corpus.jsonl.")] = None,
-    url: Annotated[str, typer.Option(help="Or a /retrieve service.")] = "",
-    topk: Annotated[int, typer.Option("-k", "--topk", min=1)] = 3,
-    as_json: JsonOption = False,
-) -> None:
-    """Search a corpus.
-
-    Example: rexrag retrieve "capital of France" --index wiki -k 5
-    """
-    from rexrag.config import RetrieverConfig
-    from rexrag.retrieval import make_retriever
-
-    if sum(map(bool, (index, corpus, url))) != 1:
-        raise ConfigError("expected exactly one of --index, --corpus and --url")
-    config = RetrieverConfig(kind="remote" if url else "bm25", url=url, index=str(index or ""))
-    found = make_retriever(config, corpus).search(query, topk)
-    if as_json:
-        print(json.dumps([[asdict(document) for document in documents] for documents in found]))
-        return
-    for words, documents in zip(query, found, strict=True):
-        print(f"query: {words}")
-        for place, document in enumerate(documents, 1):
-            print(
-                f"{place:3}  {document.score:7.3f}  {document.title}: {' '.join(document.text.split())[:160]}"
-            )
-
-
-@index_app.command("build")
-def index_build(
-    corpus: Annotated[Path, typer.Argument(help="corpus.jsonl: id, contents (or title, text).")],
-    out: Annotated[Path, typer.Option(help="Index folder to write.")],
-    kind: Annotated[str, typer.Option(help="bm25")] = "bm25",
-    as_json: JsonOption = False,
-) -> None:
-    """Build an index that opens in a moment.
-
-    Example: rexrag index build corpus.jsonl --out indexes/wiki
-    """
-    import time
-
-    from rexrag.retrieval.bm25 import BM25Retriever
-    from rexrag.retrieval.corpus import read_corpus
-    from rexrag.retrieval.index import save_index
-
-    if kind != "bm25":
-        raise ConfigError(f"--kind {kind}: this version builds bm25 indexes")
-    start = time.perf_counter()
-    retriever = BM25Retriever.build(read_corpus(corpus))
-    save_index(retriever, out)
-    facts = {"documents": len(retriever.documents), "seconds": round(time.perf_counter() - start, 2)}
-    if as_json:
-        print(json.dumps({**facts, "digest": retriever.digest, "out": str(out)}))
-        return
-    print(f"{facts['documents']:,} documents indexed in {facts['seconds']} s: {out}")
-
-
-def serve(
-    index: Annotated[Path, typer.Argument(help="An index folder.")],
-    host: Annotated[str, typer.Option(help="Elsewhere than loopback needs a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option()] = 8000,
-) -> None:
-    """Serve an index over Search-R1's /retrieve protocol.
-
-    Example: rexrag serve indexes/wiki --port 8000
-    """
-    from rexrag.retrieval.service import serve as run
-
-    print(f"POST http://{host}:{port}/retrieve (Ctrl-C stops)", flush=True)
-    run(index, host, port)
 
 
 @data_app.command("world")

@@ -1,12 +1,14 @@
-"""Searching a corpus: BM25 in this process, or a Search-R1 `/retrieve` service, here or elsewhere.
+"""Searching a corpus: in this process, or by a Search-R1 `/retrieve` service, here or elsewhere.
 
 | module | what |
 |---|---|
-| `base` | the `Retriever` protocol |
-| `corpus` | reading `corpus.jsonl`, its digest |
-| `bm25` | BM25 in memory |
-| `index` | a BM25 index as a folder |
-| `service`, `client` | both ends of the HTTP protocol |
+| `base` | the `Retriever` protocol; a retriever as a ranker of places and the documents at them |
+| `corpus`, `documents` | reading `corpus.jsonl`, its digest; passages in a mapped file |
+| `bm25`, `disk` | BM25 in memory (bm25s), on disk (tantivy) |
+| `encoder`, `dense` | texts to vectors; exact and approximate search of them |
+| `fusion` | reciprocal rank fusion |
+| `index`, `build`, `plan` | the index folder: opened, built, and what building it will need |
+| `service`, `batching`, `metrics`, `client` | both ends of the HTTP protocol |
 """
 
 from __future__ import annotations
@@ -40,13 +42,25 @@ def make_retriever(
 
     from rexrag.retrieval.bm25 import BM25Retriever
     from rexrag.retrieval.corpus import documents_digest, read_corpus
-    from rexrag.retrieval.index import load_index
+    from rexrag.retrieval.index import load_index, read_manifest
 
     # An empty path is how a config file says "none".
     given = None if isinstance(corpus, str) and not corpus else corpus
     documents = read_corpus(given) if isinstance(given, str | Path) else given
     if config.index:
-        return load_index(config.index, documents_digest(documents) if documents is not None else None)
+        built = read_manifest(config.index)["kind"]
+        if built != config.kind:
+            raise ConfigError(
+                f"retriever.kind is '{config.kind}', but {config.index} is a '{built}' index; "
+                f"set retriever.kind = '{built}'"
+            )
+        digest = documents_digest(documents) if documents is not None else None
+        return load_index(config.index, digest, encoder=config.encoder)
     if documents is None:
         raise ConfigError("retriever.index and data.corpus are both empty; one of them must be given")
+    if config.kind != "bm25":
+        raise ConfigError(
+            f"retriever.kind = '{config.kind}' needs retriever.index; "
+            f"build one with: rexrag index build CORPUS --out DIR --kind {config.kind}"
+        )
     return BM25Retriever.build(documents)

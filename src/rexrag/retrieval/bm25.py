@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -22,7 +22,7 @@ from bm25s.stopwords import STOPWORDS_EN
 from numpy.typing import NDArray
 
 from rexrag.errors import ConfigError, DataError
-from rexrag.io import sha256_rows
+from rexrag.retrieval.base import CorpusRetriever, Hits
 from rexrag.retrieval.corpus import documents_digest
 from rexrag.types import Document
 
@@ -50,14 +50,6 @@ class BM25Options:
             raise ConfigError(f"b is {self.b}; expected a number from 0 to 1")
 
 
-class DocumentStore(Protocol):
-    """Documents by their place in the corpus: a tuple in memory, or a mapped file."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, place: int, /) -> Document: ...
-
-
 def split_words(text: str) -> list[str]:
     """The words that are indexed and searched, in order, repeats kept."""
     if not text.isascii():
@@ -66,60 +58,65 @@ def split_words(text: str) -> list[str]:
     return [word for word in _WORD.findall(text.casefold()) if word not in STOP_WORDS]
 
 
-class BM25Retriever:
-    """A `Retriever` by BM25. Safe to call from several threads: nothing is written after it is made."""
+class BM25Ranker:
+    """BM25 by bm25s: every score is worked out beforehand, in memory or in mapped files."""
 
-    def __init__(
-        self, scorer: bm25s.BM25, documents: DocumentStore, options: BM25Options, corpus_digest: str
-    ) -> None:
+    kind = "bm25"
+
+    def __init__(self, scorer: bm25s.BM25, options: BM25Options) -> None:
         self.scorer = scorer
-        self.documents = documents
         self.options = options
-        self.corpus_digest = corpus_digest
         self.vocabulary: Mapping[str, int] = scorer.vocab_dict
 
     @classmethod
-    def build(cls, documents: Iterable[Document], options: BM25Options | None = None) -> BM25Retriever:
-        """Index documents in memory. Raises DataError where there is no word to index."""
-        options = options or BM25Options()
-        store = tuple(documents)
+    def build(
+        cls, texts: Iterable[str], options: BM25Options, counted: Callable[[int], None] | None = None
+    ) -> BM25Ranker:
+        """Index texts; `counted` hears how many are split so far. Raises DataError where there is no word.
+
+        Of the texts only their word numbers are kept.
+        """
         # Numbers go by first appearance, so that the same corpus gives the same files on every machine.
         vocabulary: dict[str, int] = {}
-        ids = [
-            [vocabulary.setdefault(word, len(vocabulary)) for word in split_words(document.contents)]
-            for document in store
-        ]
+        ids: list[list[int]] = []
+        for text in texts:
+            ids.append([vocabulary.setdefault(word, len(vocabulary)) for word in split_words(text)])
+            if counted is not None:
+                counted(len(ids))
         if not vocabulary:
-            raise DataError(f"nothing to index: {len(store)} documents without a word that is no stop word")
+            raise DataError(f"nothing to index: {len(ids)} documents without a word that is no stop word")
         scorer = bm25s.BM25(k1=options.k1, b=options.b, method="lucene", backend="numpy", csc_backend="numpy")
         scorer.index((ids, vocabulary), create_empty_token=False, show_progress=False)
-        return cls(scorer, store, options, documents_digest(store))
+        return cls(scorer, options)
 
     @property
-    def digest(self) -> str:
-        """Identity of corpus and options."""
-        return sha256_rows(["bm25", self.corpus_digest, asdict(self.options)])
+    def identity(self) -> Mapping[str, Any]:
+        return asdict(self.options)
 
-    def search(self, queries: Sequence[str], topk: int) -> list[list[Document]]:
-        """The best documents of each query, by score, then by their order in the corpus.
+    def __len__(self) -> int:
+        return int(self.scorer.scores["num_docs"])
 
-        Only documents that share a word with the query are returned: none for stop words or unknown words.
-        Raises ConfigError where `topk` < 1.
-        """
-        if topk < 1:
-            raise ConfigError(f"topk is {topk}; expected at least 1")
-        return [self._search(query, topk) for query in queries]
+    def rank(self, queries: Sequence[str], topk: int) -> list[Hits]:
+        """Places that share a word with the query, by score, then by place; none for unknown words."""
+        return [self._rank(query, topk) for query in queries]
 
-    def _search(self, query: str, topk: int) -> list[Document]:
+    def _rank(self, query: str, topk: int) -> Hits:
         known = [self.vocabulary[word] for word in split_words(query) if word in self.vocabulary]
         if not known:
             return []
         scores: NDArray[np.float32] = self.scorer.get_scores_from_ids(known)
-        found = []
-        for place in best_places(scores, topk):
-            document = self.documents[place]
-            found.append(Document(document.id, document.contents, float(scores[place])))
-        return found
+        return [(place, float(scores[place])) for place in best_places(scores, topk)]
+
+
+class BM25Retriever(CorpusRetriever):
+    """BM25 over a corpus in memory. Safe to call from several threads: nothing changes after it is made."""
+
+    @classmethod
+    def build(cls, documents: Iterable[Document], options: BM25Options | None = None) -> BM25Retriever:
+        """Index documents in memory. Raises DataError where there is no word to index."""
+        store = tuple(documents)
+        ranker = BM25Ranker.build((document.contents for document in store), options or BM25Options())
+        return cls(ranker, store, documents_digest(store))
 
 
 def best_places(scores: NDArray[np.float32], topk: int) -> list[int]:

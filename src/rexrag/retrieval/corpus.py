@@ -11,14 +11,16 @@ from rexrag.io import FieldError, id_field, parse_rows, read_jsonl, sha256_rows,
 from rexrag.types import Document
 
 
-def read_corpus(path: str | Path) -> Iterator[Document]:
+def read_corpus(path: str | Path, *, unique: bool = True) -> Iterator[Document]:
     """Stream the documents of a `corpus.jsonl`.
 
     A row holds `id, contents` (contents = `"Title"`, newline, text) or `title, text` with or without an
     `id`. A missing id is the row number, from 1. Raises DataError with file, row and field for a malformed
-    row or an id seen before, and with the file for an empty corpus.
+    row or an id seen before, and with the file for an empty corpus. `unique` false leaves ids to the caller:
+    the check keeps every id in memory.
     """
-    return _refuse_duplicates(parse_rows(path, read_jsonl(path), parse_document), path)
+    rows = parse_rows(path, read_jsonl(path), parse_document)
+    return _refuse_duplicates(rows, path) if unique else (document for _, document in rows)
 
 
 def parse_document(number: int, row: Mapping[str, Any]) -> Document:

@@ -1,93 +1,84 @@
-"""A BM25 index as a folder that opens at once however large it is: scores and passages are memory-mapped.
+"""An index folder: opens at once however large it is, because everything in it is memory-mapped.
 
-| file | what |
-|---|---|
-| `manifest.json` | what it was built from, options, versions, size and SHA-256 of each file |
-| `*.csc.index.npy` | the scores, as bm25s writes them: arrays without pickle |
-| `vocab.index.json`, `params.index.json` | words by number and bm25s's own parameters |
-| `documents.jsonl` | `id, contents`, in corpus order |
-| `documents.offsets.npy` | int64 [N + 1]: where each line begins, then the end |
+| file | kinds | what |
+|---|---|---|
+| `manifest.json` | all | what it was built from, options, encoder, versions, size and SHA-256 of each file |
+| `documents.*` | all | the passages (`documents.py`) |
+| `*.csc.index.npy`, `vocab.index.json`, `params.index.json` | bm25 | as bm25s writes them, without pickle |
+| `tantivy/` | bm25-disk | as tantivy writes it |
+| `vectors.npy`, `ann.faiss` | dense | unit vectors; a faiss index where the search is approximate |
 
-Only folders of this format are opened, and nothing in them is code.
+A `hybrid` folder holds the files of both its parts. Only folders of this format are opened, and nothing in
+them is code.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
-from collections.abc import Mapping
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import bm25s
 import numpy as np
-from numpy.typing import NDArray
 
 from rexrag.errors import IndexFolderError
-from rexrag.io import atomic_folder, json_line, sha256_file, write_json
-from rexrag.retrieval.bm25 import BM25Options, BM25Retriever
-from rexrag.types import Document
+from rexrag.io import atomic_folder, sha256_file, write_json
+from rexrag.retrieval.base import CorpusRetriever, Ranker
+from rexrag.retrieval.bm25 import BM25Options, BM25Ranker, BM25Retriever
+from rexrag.retrieval.documents import StoredDocuments, write_documents
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-DOCUMENTS = "documents.jsonl"
-OFFSETS = "documents.offsets.npy"
-
-
-class StoredDocuments:
-    """Documents of an index folder; each is read from the mapped file when it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.offsets: NDArray[np.int64] = np.load(folder / OFFSETS, mmap_mode="r", allow_pickle=False)
-        with (folder / DOCUMENTS).open("rb") as file:
-            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, place: int, /) -> Document:
-        if not 0 <= place < len(self):
-            raise IndexError(f"document {place} of {len(self)}")
-        row = json.loads(self.bytes[self.offsets[place] : self.offsets[place + 1]])
-        return Document(row["id"], row["contents"])
+PACKAGES = ("bm25s", "tantivy", "faiss-cpu", "sentence-transformers")
 
 
 def save_index(retriever: BM25Retriever, folder: str | Path) -> Path:
-    """Write an index folder, whole or not at all. An index that stood there is replaced.
+    """Write a BM25 index that is in memory, whole or not at all. An index that stood there is replaced.
 
     Raises IndexFolderError where something else stands there.
     """
     folder = Path(folder)
-    if folder.exists() and not _replaceable(folder):
-        raise IndexFolderError(f"{folder}: exists and is not an index folder; it is left as it is")
+    refuse_other_folder(folder)
+    ranker = retriever.ranker
+    assert isinstance(ranker, BM25Ranker)
     with atomic_folder(folder) as temporary:
-        retriever.scorer.save(temporary, allow_pickle=False, show_progress=False)
-        _write_documents(retriever, temporary)
-        manifest = {
-            "format": FORMAT,
-            "kind": "bm25",
-            "documents": len(retriever.documents),
-            "corpus_digest": retriever.corpus_digest,
-            "options": asdict(retriever.options),
-            "bm25s": version("bm25s"),
-            "files": {
-                file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-                for file in sorted(temporary.iterdir())
-            },
-        }
-        write_json(temporary / MANIFEST, manifest)
+        ranker.scorer.save(temporary, allow_pickle=False, show_progress=False)
+        documents = retriever.documents
+        write_documents(temporary, (documents[place] for place in range(len(documents))))
+        write_manifest(temporary, "bm25", retriever.corpus_digest, len(documents), ranker.identity)
     return folder
 
 
+def write_manifest(
+    folder: Path, kind: str, corpus_digest: str, documents: int, options: Mapping[str, Any]
+) -> None:
+    """The last file of an index folder; lists every other one."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    manifest = {
+        "format": FORMAT,
+        "kind": kind,
+        "documents": documents,
+        "corpus_digest": corpus_digest,
+        "options": dict(options),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "files": {
+            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            for file in files
+        },
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
 def load_index(
-    folder: str | Path, corpus_digest: str | None = None, *, verify: bool = False
-) -> BM25Retriever:
+    folder: str | Path, corpus_digest: str | None = None, *, verify: bool = False, encoder: str = ""
+) -> CorpusRetriever:
     """Open an index folder, memory-mapped. `verify` also reads every file and checks its SHA-256.
 
+    `encoder` is where the encoder of a dense index lies now, if it has moved; it must be the same one.
     Raises IndexFolderError where the folder is missing, damaged, of another format, or was built from a
-    corpus other than the one with `corpus_digest` (see `corpus.documents_digest`).
+    corpus other than the one with `corpus_digest` (see `corpus.documents_digest`), or by another encoder.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -99,24 +90,15 @@ def load_index(
         )
     _check_files(folder, manifest["files"], verify)
     try:
-        options = BM25Options(**manifest["options"])
-        scorer = bm25s.BM25.load(
-            folder, mmap=True, allow_pickle=False, load_corpus=False, override_params={"backend": "numpy"}
-        )
-        # Plain views of the mapped arrays: slicing numpy's memmap class costs more than the search.
-        for name in ("data", "indices", "indptr"):
-            scorer.scores[name] = scorer.scores[name].view(np.ndarray)
         documents = StoredDocuments(folder)
+        ranker = OPENERS[manifest["kind"]](folder, manifest["options"], encoder)
+    except IndexFolderError:
+        raise
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise IndexFolderError(f"{folder}: damaged: {error}") from None
-    if options.words != BM25Options().words:
-        raise IndexFolderError(f"{folder}: words were split by '{options.words}'; build the index again")
-    arrays = scorer.scores
-    if not len(documents) == arrays["num_docs"] == manifest["documents"]:
+    if not len(documents) == len(ranker) == manifest["documents"]:
         raise IndexFolderError(f"{folder}: damaged: its files disagree on the number of documents")
-    if len(arrays["indptr"]) != len(scorer.vocab_dict) + 1 or arrays["indptr"][-1] != len(arrays["data"]):
-        raise IndexFolderError(f"{folder}: damaged: its vocabulary and scores disagree")
-    return BM25Retriever(scorer, documents, options, built_from)
+    return CorpusRetriever(ranker, documents, built_from)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -128,8 +110,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise IndexFolderError(f"{folder}: no index here (no {MANIFEST})") from None
     except (OSError, ValueError) as error:
         raise IndexFolderError(f"{path}: damaged: {error}") from None
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("kind")) != (FORMAT, "bm25"):
-        raise IndexFolderError(f"{path}: expected a BM25 index of format {FORMAT}; build the index again")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise IndexFolderError(f"{path}: expected an index of format {FORMAT}; build the index again")
+    if manifest.get("kind") not in OPENERS:
+        raise IndexFolderError(
+            f"{path}: kind is {manifest.get('kind')!r}; expected one of {', '.join(OPENERS)}"
+        )
     shape: dict[str, type] = {"documents": int, "corpus_digest": str, "options": dict, "files": dict}
     for key, kind in shape.items():
         if not isinstance(manifest.get(key), kind):
@@ -137,19 +123,73 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _replaceable(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.iterdir()))
+def refuse_other_folder(folder: Path) -> None:
+    """Raises IndexFolderError where a path holds anything but an index or an empty folder."""
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not (folder / MANIFEST).is_file():
+        raise IndexFolderError(f"{folder}: exists and is not an index folder; it is left as it is")
 
 
-def _write_documents(retriever: BM25Retriever, folder: Path) -> None:
-    offsets = np.zeros(len(retriever.documents) + 1, dtype=np.int64)
-    with (folder / DOCUMENTS).open("wb") as file:
-        for place in range(len(retriever.documents)):
-            document = retriever.documents[place]
-            offsets[place + 1] = offsets[place] + file.write(
-                json_line({"id": document.id, "contents": document.contents})
-            )
-    np.save(folder / OFFSETS, offsets, allow_pickle=False)
+def _open_bm25(folder: Path, given: Mapping[str, Any], encoder: str) -> Ranker:
+    options = BM25Options(**given)
+    _check_words(folder, options.words)
+    scorer = bm25s.BM25.load(
+        folder, mmap=True, allow_pickle=False, load_corpus=False, override_params={"backend": "numpy"}
+    )
+    # Plain views of the mapped arrays: slicing numpy's memmap class costs more than the search.
+    for name in ("data", "indices", "indptr"):
+        scorer.scores[name] = scorer.scores[name].view(np.ndarray)
+    arrays = scorer.scores
+    if len(arrays["indptr"]) != len(scorer.vocab_dict) + 1 or arrays["indptr"][-1] != len(arrays["data"]):
+        raise IndexFolderError(f"{folder}: damaged: its vocabulary and scores disagree")
+    return BM25Ranker(scorer, options)
+
+
+def _open_tantivy(folder: Path, given: Mapping[str, Any], encoder: str) -> Ranker:
+    from rexrag.retrieval.disk import TantivyRanker
+
+    _check_words(folder, given["words"])
+    return TantivyRanker(folder)
+
+
+def _open_dense(folder: Path, given: Mapping[str, Any], encoder: str) -> Ranker:
+    from rexrag.retrieval.dense import DenseOptions, DenseRanker
+    from rexrag.retrieval.encoder import Encoder, EncoderCard
+
+    settings = dict(given)
+    card = EncoderCard(**settings.pop("encoder"))
+    options = DenseOptions(**settings)
+    found = Encoder(encoder or card.model, query_prefix=card.query_prefix, passage_prefix=card.passage_prefix)
+    different = card.difference(found.card)
+    if different:
+        raise IndexFolderError(
+            f"{folder}: made by another encoder than '{found.card.model}' ({different} differs); "
+            f"it was made by '{card.model}'"
+        )
+    return DenseRanker(folder, found, options)
+
+
+def _open_hybrid(folder: Path, given: Mapping[str, Any], encoder: str) -> Ranker:
+    from rexrag.retrieval.fusion import FusionOptions, HybridRanker
+
+    settings = dict(given)
+    parts = settings.pop("parts")
+    rankers = [OPENERS[kind](folder, options, encoder) for kind, options in parts.items()]
+    return HybridRanker(rankers, FusionOptions(**settings))
+
+
+OPENERS: dict[str, Callable[[Path, Mapping[str, Any], str], Ranker]] = {
+    "bm25": _open_bm25,
+    "bm25-disk": _open_tantivy,
+    "dense": _open_dense,
+    "hybrid": _open_hybrid,
+}
+"""How a kind of index is opened: (folder, options of the manifest, encoder or "")."""
+
+
+def _check_words(folder: Path, words: str) -> None:
+    if words != BM25Options().words:
+        raise IndexFolderError(f"{folder}: words were split by '{words}'; build the index again")
 
 
 def _check_files(folder: Path, files: Mapping[str, Any], verify: bool) -> None:
@@ -161,3 +201,10 @@ def _check_files(folder: Path, files: Mapping[str, Any], verify: bool) -> None:
             raise IndexFolderError(f"{path}: missing or cut off; build the index again")
         if verify and sha256_file(path) != known.get("sha256"):
             raise IndexFolderError(f"{path}: its bytes have changed; build the index again")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

@@ -4,9 +4,10 @@
                     -> {"result": [[{"document": {"id": "…", "contents": "…"}, "score": 1.5}, …], …]}
                     `return_scores` false (the default): bare documents instead of document and score
     GET  /health    {"status": "ok", "digest": "…"}
+    GET  /metrics   Prometheus text
 
 Errors are `{"detail": "one line"}`: 401 no or wrong token, 411 and 413 body length, 422 anything else about
-the request, 502 the retriever itself failed.
+the request, 429 with Retry-After where too many queries wait, 502 the retriever itself failed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hmac
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -29,18 +31,29 @@ from pydantic import BaseModel
 from rexrag.errors import ConfigError, RetrievalError
 from rexrag.retrieval.address import TOKEN_VARIABLE, is_loopback
 from rexrag.retrieval.base import Retriever
+from rexrag.retrieval.batching import Batcher, Overloaded
 from rexrag.retrieval.index import load_index
+from rexrag.retrieval.metrics import Metrics
 from rexrag.types import Document
+
+LAST_SECONDS = 30
+"""How long a service that was told to stop finishes what it has begun."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request may ask for."""
+    """What one request may ask for, and what all of them together."""
 
     queries: int = 1024
     query_characters: int = 32_768
     topk: int = 100
     body_bytes: int = 32 * 2**20
+    batch: int = 256
+    """Queries searched together."""
+    waiting: int = 4096
+    """Queries that may wait for a search; a request that comes on top is told to come back."""
+    cache: int = 50_000
+    """Passages kept in the cache of answers; 0 keeps none."""
 
 
 class RetrieveRequest(BaseModel):
@@ -54,15 +67,22 @@ class RetrieveRequest(BaseModel):
 def create_app(
     retriever: Retriever, *, default_topk: int = 3, token: str | None = None, limits: Limits | None = None
 ) -> FastAPI:
-    """The service as an ASGI application. With a `token`, `/retrieve` wants it as a bearer token."""
+    """The service as an ASGI application. With a `token`, all but `/health` wants it as a bearer token."""
     limits = limits or Limits()
+    metrics = Metrics()
+    batcher = Batcher(retriever, metrics, batch=limits.batch, waiting=limits.waiting, cache=limits.cache)
     app = FastAPI(title="rexrag retriever", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        begun = time.perf_counter()
         # Before the body is read, so that a stranger cannot make the service hold one.
         refused = _refuse_head(request, token, limits.body_bytes)
-        return refused if refused is not None else await call_next(request)
+        response = refused if refused is not None else await call_next(request)
+        if request.url.path == "/retrieve":
+            metrics.requests.labels(str(response.status_code)).inc()
+            metrics.request_seconds.observe(time.perf_counter() - begun)
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -74,19 +94,26 @@ def create_app(
     async def health() -> dict[str, Any]:
         return {"status": "ok", "digest": retriever.digest}
 
-    # A plain function: FastAPI runs it in a worker thread, so /health answers during a long search.
+    @app.get("/metrics")
+    async def counted() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    # The search itself runs in a thread, so /health answers meanwhile.
     @app.post("/retrieve")
-    def retrieve(request: RetrieveRequest) -> dict[str, Any]:
+    async def retrieve(request: RetrieveRequest) -> Response:
         topk = default_topk if request.topk is None else request.topk
         problem = _limit_broken(request.queries, topk, limits)
         if problem:
-            raise HTTPException(422, problem)
+            return _refusal(422, problem)
         try:
-            found = retriever.search(request.queries, topk) if request.queries else []
+            found = await batcher.search(request.queries, topk)
+        except Overloaded as error:
+            return _refusal(429, str(error), {"Retry-After": str(error.seconds)})
         except RetrievalError as error:
-            raise HTTPException(502, str(error)) from None
+            return _refusal(502, str(error))
+        metrics.queries.inc(len(found))
         render = _with_score if request.return_scores else _bare
-        return {"result": [[render(document) for document in documents] for documents in found]}
+        return JSONResponse({"result": [[render(document) for document in documents] for documents in found]})
 
     return app
 
@@ -98,17 +125,28 @@ def serve(
     *,
     token: str | None = None,
     default_topk: int = 3,
+    limits: Limits | None = None,
+    encoder: str = "",
+    ready: Callable[[str, int], None] | None = None,
 ) -> None:
-    """Serve an index folder until interrupted. `token` falls back to $REXRAG_RETRIEVER_TOKEN.
+    """Serve an index folder until interrupted or terminated. `token` falls back to $REXRAG_RETRIEVER_TOKEN.
 
-    Raises ConfigError where `host` can be reached from other machines and there is no token, or where the
-    address cannot be had; IndexFolderError where the index cannot be opened.
+    Requests that are being answered then are finished first, for up to LAST_SECONDS. `ready` is told the
+    address and the number of passages once the index is open. Raises ConfigError where `host` can be reached
+    from other machines and there is no token, or where the address cannot be had; IndexFolderError where the
+    index cannot be opened.
     """
     token = token or os.environ.get(TOKEN_VARIABLE) or None
     check_exposure(host, token)
-    app = create_app(load_index(index_folder), default_topk=default_topk, token=token)
+    # The address first: a port that is taken should not be found after a long load.
     with listen(host, port) as listening, suppress(KeyboardInterrupt):
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        retriever = load_index(index_folder, encoder=encoder)
+        app = create_app(retriever, default_topk=default_topk, token=token, limits=limits)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_SECONDS)
+        if ready is not None:
+            shown = f"[{host}]" if ":" in host else host
+            ready(f"http://{shown}:{listening.getsockname()[1]}", len(retriever.documents))
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def check_exposure(host: str, token: str | None) -> None:
@@ -131,11 +169,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _refuse_head(request: Request, token: str | None, body_bytes: int) -> Response | None:
+    given = request.headers.get("authorization", "")
+    guarded = token and request.url.path != "/health"
+    if guarded and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        return _refusal(401, "expected the service's bearer token", {"WWW-Authenticate": "Bearer"})
     if request.method != "POST":
         return None
-    given = request.headers.get("authorization", "")
-    if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        return _refusal(401, "expected the service's bearer token", {"WWW-Authenticate": "Bearer"})
     length = request.headers.get("content-length", "")
     if not length.isdecimal():
         return _refusal(411, "expected a Content-Length")

@@ -1,0 +1,179 @@
+"""`rexrag index build`, `retrieve`, `serve`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rexrag.cli.training import JsonOption
+from rexrag.errors import ConfigError
+
+index_app = typer.Typer(help="Build retrieval indexes.", no_args_is_help=True)
+EncoderOption = Annotated[str, typer.Option(help="A sentence-transformers folder or hub id (dense, hybrid).")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (retrieve, serve):
+        app.command()(command)
+    app.add_typer(index_app, name="index")
+
+
+def retrieve(
+    query: Annotated[list[str], typer.Argument(help="Queries.")],
+    index: Annotated[Path | None, typer.Option(help="An index folder of any kind.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Or a corpus.jsonl (BM25 in memory).")] = None,
+    url: Annotated[str, typer.Option(help="Or a /retrieve service.")] = "",
+    encoder: EncoderOption = "",
+    topk: Annotated[int, typer.Option("-k", "--topk", min=1)] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Search a corpus.
+
+    \b
+    Examples:
+      rexrag retrieve "capital of France" --index indexes/wiki -k 5
+      rexrag retrieve "capital of France" "largest moon" --corpus corpus.jsonl
+      rexrag retrieve "capital of France" --url http://127.0.0.1:8000
+    """
+    from rexrag.config import RetrieverConfig
+    from rexrag.retrieval import make_retriever
+    from rexrag.retrieval.index import read_manifest
+
+    if sum(map(bool, (index, corpus, url))) != 1:
+        raise ConfigError("expected exactly one of --index, --corpus and --url")
+    kind: Any = "remote" if url else read_manifest(index)["kind"] if index else "bm25"
+    config = RetrieverConfig(kind=kind, url=url, index=str(index or ""), encoder=encoder)
+    found = make_retriever(config, corpus).search(query, topk)
+    if as_json:
+        print(json.dumps([[asdict(document) for document in documents] for documents in found]))
+        return
+    for words, documents in zip(query, found, strict=True):
+        print(f"query: {words}")
+        for place, document in enumerate(documents, 1):
+            text = " ".join(document.text.split())[:160]
+            print(f"{place:3}  {document.score:7.3f}  {document.title}: {text}")
+
+
+@index_app.command("build")
+def index_build(
+    corpus: Annotated[Path, typer.Argument(help="corpus.jsonl: id, contents (or title, text).")],
+    out: Annotated[Path, typer.Option(help="Index folder to write.")],
+    kind: Annotated[
+        str, typer.Option(help="bm25, bm25-disk (past 200,000 passages), dense, hybrid.")
+    ] = "bm25",
+    encoder: EncoderOption = "",
+    ann: Annotated[str, typer.Option(help="Vector search: flat (exact), hnsw, ivf-pq.")] = "flat",
+    lexical: Annotated[str, typer.Option(help="hybrid: bm25 or bm25-disk beside the vectors.")] = "bm25-disk",
+    query_prefix: Annotated[
+        str | None, typer.Option(help="Put before queries; default: what the model is known to need.")
+    ] = None,
+    passage_prefix: Annotated[str | None, typer.Option(help="Put before passages; the same default.")] = None,
+    effort: Annotated[
+        int, typer.Option(min=0, help="hnsw efSearch, ivf-pq lists probed; 0: the default for the size.")
+    ] = 0,
+    k1: Annotated[float, typer.Option(help="bm25: how slowly repeats of a word saturate.")] = 1.2,
+    b: Annotated[float, typer.Option(help="bm25: how much length counts, 0 to 1.")] = 0.75,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will need, build nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished build away.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build an index that opens in a moment. Killed, the same command goes on where it was.
+
+    \b
+    Examples:
+      rexrag index build corpus.jsonl --out indexes/wiki
+      rexrag index build wiki18.jsonl --out indexes/wiki18 --kind bm25-disk --dry-run
+      rexrag index build corpus.jsonl --out indexes/e5 --kind dense --encoder intfloat/e5-base-v2 --ann hnsw
+      rexrag index build corpus.jsonl --out indexes/both --kind hybrid --encoder intfloat/e5-base-v2
+    """
+    import time
+
+    from rich.console import Console
+
+    from rexrag.cli.show import BuildProgress
+    from rexrag.retrieval.bm25 import BM25Options
+    from rexrag.retrieval.build import BuildOptions, build_index
+    from rexrag.retrieval.index import refuse_other_folder
+    from rexrag.retrieval.plan import plan
+
+    options = BuildOptions(
+        kind=kind,
+        lexical=lexical,
+        bm25=BM25Options(k1=k1, b=b),
+        encoder=encoder,
+        query_prefix=query_prefix,
+        passage_prefix=passage_prefix,
+        dense={"ann": ann, "effort": effort} if kind in ("dense", "hybrid") else {},
+    )
+    refuse_other_folder(out)
+    needs = plan(corpus, out, options)
+    # Progress goes to stderr, so that --json leaves stdout to the answer.
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(
+        f"{corpus}: about {needs.documents:,} passages. Will need about {_bytes(needs.disk)} of disk"
+        + (f" (and {_bytes(needs.scratch)} while it is built)" if needs.scratch else "")
+        + f", {_bytes(needs.memory)} of memory, {_duration(needs.seconds)}.",
+        markup=False,
+    )
+    for warning in needs.warnings:
+        console.print(f"warning: {warning}", markup=False)
+    if dry_run:
+        if as_json:
+            print(json.dumps(asdict(needs)))
+        return
+    start = time.perf_counter()
+    with BuildProgress(console) as progress:
+        facts = build_index(corpus, out, options, progress, documents=needs.documents, restart=restart)
+    facts["seconds"] = round(time.perf_counter() - start, 2)
+    if as_json:
+        print(json.dumps({**facts, "kind": kind, "out": str(out)}))
+        return
+    print(
+        f"{facts['documents']:,} documents indexed in {facts['seconds']} s, {_bytes(facts['bytes'])}: {out}"
+    )
+
+
+def serve(
+    index: Annotated[Path, typer.Argument(help="An index folder of any kind.")],
+    host: Annotated[str, typer.Option(help="Elsewhere than loopback needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    encoder: EncoderOption = "",
+    topk: Annotated[int, typer.Option(min=1, help="For requests that name none.")] = 3,
+    most_topk: Annotated[int, typer.Option(min=1, help="The most a request may ask for.")] = 100,
+    most_queries: Annotated[int, typer.Option(min=1, help="The most queries in one request.")] = 1024,
+    most_waiting: Annotated[int, typer.Option(min=1, help="Queries that may wait; then 429.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Queries searched together.")] = 256,
+    cache: Annotated[int, typer.Option(min=0, help="Passages kept in the answer cache; 0 is none.")] = 50_000,
+) -> None:
+    """Serve an index over Search-R1's /retrieve protocol, with /health and /metrics.
+
+    \b
+    Examples:
+      rexrag serve indexes/wiki --port 8000
+      REXRAG_RETRIEVER_TOKEN=… rexrag serve indexes/wiki --host 0.0.0.0
+    """
+    from rexrag.retrieval.service import Limits
+    from rexrag.retrieval.service import serve as run
+
+    def ready(address: str, passages: int) -> None:
+        print(f"POST {address}/retrieve ({passages:,} passages; Ctrl-C stops)", flush=True)
+
+    limits = Limits(topk=most_topk, queries=most_queries, waiting=most_waiting, batch=batch, cache=cache)
+    run(index, host, port, default_topk=topk, limits=limits, encoder=encoder, ready=ready)
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{max(1, round(count / 1e3))} kB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
