@@ -302,7 +302,15 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: not readable: {error}") from None
         self.progress = Progress(**{f.name: state[f.name] for f in fields(Progress)})
-        truncate_logs(self.folder, state["logs"])
+        # verl evaluates a step after it has saved it: that evaluation belongs to the checkpoint.
+        kept = evaluations_until(self.folder / "eval.jsonl", self.global_steps)
+        truncate_logs(self.folder, state["logs"] | {"eval.jsonl": kept})
+
+
+def evaluations_until(file: Path, step: int) -> int:
+    """Bytes of the evaluations up to a step, which stand first in their log."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return sum(len(line) for line in lines if json.loads(line)["step"] <= step)
 
 
 def collected(drawn: Drawn, corrected: Corrected) -> Collected:
