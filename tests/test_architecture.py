@@ -33,6 +33,7 @@ ALLOWED = {
     "presets": BASE,
     "doctor": BASE | {"engine"},
     "evaluate": BASE | DATA | {"engine.base", "intervals"},
+    "evaluation": BASE | DATA | {"engine", "evaluate", "intervals", "presets", "runs", "setup"},
     "setup": BASE | DATA | {"engine"},
     "ask": BASE | DATA | {"engine", "setup"},
     "warmup": BASE | DATA | {"engine", "setup"},

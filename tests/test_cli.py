@@ -138,8 +138,115 @@ def test_debug_shows_where(run):
     assert code == 2 and "Traceback" in err and "DataError" in err
 
 
+def test_an_evaluation_of_a_run_uses_its_own_settings_and_gives_its_own_number(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    small = ["data.world_people=24", "data.world_questions=8", "data.dev_limit=6", "train.questions=2"]
+    small += ["train.steps=1", "train.max_tokens=0", "train.control=", "train.threads=1", "method.rollouts=2"]
+    code, out, err = run(
+        "train",
+        "--out",
+        "r",
+        "--json",
+        *(w for s in [*small, "method.allow_large_alpha=true"] for w in ("--set", s)),
+    )
+    assert code == 0, err
+    trained = json.loads(out)["quickstart"]["em_after"]
+    code, out, err = run("eval", "--policy", "r", "--strategy", "agent,direct", "--json")
+    torch.set_num_threads(threads)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["cells"][0]["em"] == trained and result["cells"][0]["corpus"]["ceiling"] == 1.0
+    assert result["out"] == "runs/eval/r-checkpoints-step-1"
+    code, out, _ = run("eval", "--show", result["out"])
+    assert code == 0 and "agent: scores" in out and "direct minus agent" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+
+
+@pytest.fixture
+def served(files, monkeypatch):
+    """An endpoint that plays the embedded model's part; its requests and faults."""
+    from rexrag.agent.codec import load_codec
+    from rexrag.engine.endpoint import client
+    from rexrag.engine.local.loading import resolve
+    from tests.engine.completions_server import CompletionsServer, scripted
+    from tests.retrieval.live import running
+
+    monkeypatch.setattr(client, "pause", lambda *arguments: 0.0)
+    tokenizer = resolve("embedded")
+    codec = load_codec(tokenizer)
+    model = scripted(lambda prompt: "<answer> again </answer>", codec.decode, codec.encode)
+    server = CompletionsServer(model, codec.decode)
+    folder, write = files
+    write("train.jsonl", *({"id": i, "question": "Who?", "answers": ["again"]} for i in range(4)))
+    with running(server.app) as url:
+        words = [
+            "eval",
+            "quickstart",
+            "--policy",
+            f"{url}/v1",
+            "--tokenizer",
+            tokenizer,
+            "--out",
+            folder / "out",
+        ]
+        words += ["--data", folder / "train.jsonl", "--corpus", folder / "corpus.jsonl", "--retries", "1"]
+        yield server, [*words, "--concurrency", "1"]
+
+
+def test_an_endpoint_is_evaluated(run, served):
+    server, words = served
+    code, out, err = run(*words, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["cells"][0]["em"]["value"] == 1.0 and result["failures"]["failed"] == 0
+    assert "the-model at http://127.0.0.1" in result["policy"]["name"] and len(server.requests) == 4
+
+
+def test_rows_that_an_endpoint_fails_are_summed_up_and_asked_again(run, served):
+    from tests.engine.completions_server import says, status
+
+    server, words = served
+    server.faults = [says("nonsense"), status(500)]
+    code, out, err = run(*words)
+    assert code == 1 and "1 of 4 rows failed, 0 not asked: more than --max-failed 0.01" in err
+    assert "1 × http://127.0.0.1" in out and "failed 2 times, the last time with status 500" in out
+    assert run(*words)[0] == 0 and len(server.requests) == 2 + 3 + 1
+    server.faults = [says("nonsense"), status(500)]
+    assert run(*words, "--fresh", "--max-failed", "0.5")[0] == 0
+
+
+def test_what_an_evaluation_refuses(run, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, write = files
+    write("bad.jsonl", {"id": 1, "question": "Who?"})
+    corpus = ["--corpus", folder / "corpus.jsonl"]
+    refused(run("eval", "--data", folder / "bad.jsonl", *corpus), "bad.jsonl, row 1, field 'answers'")
+    refused(run("eval", "--policy", "embedded", "--data", folder / "train.jsonl"), "no corpus", "--corpus")
+    refused(run("eval", "--policy", "no/such/model"), "no/such/model")
+    refused(run("eval", "--model", "m"), "--model", "endpoint")
+    refused(run("eval", "--vouch", "me"), "--vouch me")
+    refused(run("eval", "--strategy", "agnet"), "agnet", "agent")
+    refused(run("eval", "--sets", "nq"), "--data")
+    refused(run("eval", "--show", folder), "no eval.json")
+    code, _, err = run("eval", "--policy", "http://127.0.0.1:9/v1", "--retries", "0", *corpus)
+    assert code == 1 and err.startswith("rexrag: http://127.0.0.1:9/v1/models") and len(err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
 def test_every_command_has_help_with_an_example(run):
-    commands = ["train", "compare", "report", "ask", "score", "retrieve", "serve", "warmup", "index build"]
+    commands = [
+        "train",
+        "compare",
+        "eval",
+        "report",
+        "ask",
+        "score",
+        "retrieve",
+        "serve",
+        "warmup",
+        "index build",
+    ]
     for command in [*commands, "data world", "data check", "model import"]:
         code, out, _ = run(*command.split(), "--help")
         assert code == 0 and f"rexrag {command}" in out, command

@@ -160,3 +160,7 @@ def test_bad_ids(value: object) -> None:
 def test_brief_is_brief() -> None:
     assert io.brief(3) == "int 3"
     assert len(io.brief("x" * 10_000)) < 80
+
+
+def test_control_characters_are_not_printed():
+    assert io.printable("a\x1b[2Jb\x07\n\tc\x9b") == "a�[2Jb�\n\tc�"

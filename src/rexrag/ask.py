@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 
 from rexrag.agent.episode import Codec, Episode
 from rexrag.config import AgentConfig, Config
 from rexrag.engine.local.loading import load_policy
+from rexrag.io import printable
 from rexrag.retrieval import make_retriever
 from rexrag.setup import load_data
 from rexrag.types import Question, Rollout
-
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters: text from models and documents must not steer a terminal."""
 
 
 class EchoingEpisode(Episode):
@@ -61,11 +58,6 @@ def ask(
     finally:
         session.close()
     return episode.rollout()
-
-
-def printable(text: str) -> str:
-    """The text without control characters (line ends and tabs stay)."""
-    return _UNPRINTABLE.sub("�", text)
 
 
 def _write(text: str) -> None:

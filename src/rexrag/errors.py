@@ -13,6 +13,8 @@ RexragError                      catch this to catch them all
 │   ├── ShapeError                          tensors that do not agree
 │   └── NonFiniteError  (ArithmeticError)   NaN or infinity where a log-probability belongs
 ├── RetrievalError   (ConnectionError)  a search that failed after every retry
+├── EndpointError    (ConnectionError)  a policy's server that failed after every retry, or answers nonsense
+├── EvaluationError                     too many questions of an evaluation failed
 ├── CheckpointError  (OSError)          a checkpoint that is damaged or belongs to another run
 └── RunFolderError   (OSError)          an output folder that cannot be written
 
@@ -84,6 +86,18 @@ class NonFiniteError(MethodError, ArithmeticError):
 
 class RetrievalError(RexragError, ConnectionError):
     """A search failed after every retry. It never becomes an empty result."""
+
+    exit_code = 1
+
+
+class EndpointError(RexragError, ConnectionError):
+    """A policy's server failed after every retry, or what it answers is no completion."""
+
+    exit_code = 1
+
+
+class EvaluationError(RexragError):
+    """More questions of an evaluation failed than are allowed."""
 
     exit_code = 1
 

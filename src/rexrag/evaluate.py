@@ -1,4 +1,7 @@
-"""Greedy evaluation with intervals: the same episode as in training, on questions nobody trained on."""
+"""Greedy evaluation with intervals: the same episode as in training, on questions nobody trained on.
+
+Scoring and figures are here once, for evaluations during training and for `rexrag eval` (`evaluation/`).
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from rexrag.agent.episode import Episode
-from rexrag.agent.reward import f1
+from rexrag.agent.reward import score_answer
 from rexrag.config import Config
 from rexrag.engine.base import Policy
 from rexrag.intervals import interval
 from rexrag.retrieval.base import Retriever
-from rexrag.types import Origin, Question, Rollout
+from rexrag.types import Origin, Question, Rollout, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,23 @@ class Evaluation:
 
     rollouts: list[Rollout]
     figures: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One answered (or unanswered) question: scores as fractions in [0, 1], and what it took."""
+
+    question: Question
+    answer: str | None
+    em: float
+    f1: float
+    sub_em: float
+    searches: int
+    """Searches that were run."""
+    tokens: int
+    """Tokens the policy wrote."""
+    invalid: int
+    """Turns without a valid action."""
 
 
 def evaluate(
@@ -43,46 +63,72 @@ def evaluate(
         rollouts = [episode.rollout() for episode in episodes]
     finally:
         session.close()
-    return Evaluation(rollouts, {**figures(rollouts), "seconds": time.perf_counter() - start})
+    rows = [scored_rollout(rollout) for rollout in rollouts]
+    return Evaluation(rollouts, {**figures(rows), "seconds": time.perf_counter() - start})
 
 
-def figures(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """The figures of finished rollouts, in the order of their questions. See `figures_of`."""
-    return figures_of([score_of(rollout) for rollout in rollouts])
+def scored_rollout(rollout: Rollout) -> Scored:
+    """The scores of a finished rollout."""
+    searches = searches_run(rollout.turns, rollout.forced_last_turn)
+    written = rollout.count(Origin.POLICY)
+    return scored(rollout.question, rollout.answer, searches, written, invalid_turns(rollout.turns))
 
 
-def score_of(rollout: Rollout) -> dict[str, float]:
-    """What an evaluation keeps of one rollout."""
-    answer, question = rollout.answer, rollout.question
+def scored(question: Question, answer: str | None, searches: int, tokens: int, invalid: int) -> Scored:
+    """An answer's EM, F1 and sub-EM beside what it took."""
+    score = score_answer(answer, question.answers)
+    return Scored(question, answer, score.em, score.f1, score.sub_em, searches, tokens, invalid)
+
+
+def searches_run(turns: Sequence[Turn], forced_last_turn: bool) -> int:
+    """How many searches of a rollout were run: one in the forced last turn is not."""
+    return sum(turn.action == "search" for turn in (turns[:-1] if forced_last_turn else turns))
+
+
+def invalid_turns(turns: Sequence[Turn]) -> int:
+    return sum(turn.action is None for turn in turns)
+
+
+def numbers(row: Scored) -> dict[str, float]:
+    """What figures are made of, as numbers by name: what another engine can carry beside a rollout."""
     return {
-        "em": rollout.em,
-        "f1": 0.0 if answer is None else f1(answer, question.answers),
-        "searches": float(sum(turn.action == "search" for turn in rollout.turns)),
-        "unanswered": float(answer is None),
-        "tokens": float(rollout.count(Origin.POLICY)),
-        "hops": float(question.hops),
+        "em": row.em,
+        "f1": row.f1,
+        "sub_em": row.sub_em,
+        "searches": float(row.searches),
+        "unanswered": float(row.answer is None),
+        "tokens": float(row.tokens),
+        "invalid": float(row.invalid),
+        "hops": float(row.question.hops),
     }
 
 
-def figures_of(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """EM and F1 with 95 % bootstrap intervals, EM by hops, searches, unanswered share, tokens written.
+def figures(rows: Sequence[Scored]) -> dict[str, Any]:
+    """The figures of scored questions. See `figures_of`."""
+    return figures_of([numbers(row) for row in rows])
 
-    `em_by_question` keeps the order, so that two evaluations can be compared in pairs.
+
+def figures_of(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """EM, F1, sub-EM with 95 % bootstrap intervals, EM by hops; means of searches, tokens, invalid turns.
+
+    scores: rows as `numbers` makes them. `em_by_question` keeps their order, so that two evaluations can be
+    compared in pairs.
     """
     em = [score["em"] for score in scores]
     by_hops = {
         str(hops): interval([score["em"] for score in scores if score["hops"] == hops])
         for hops in sorted({int(score["hops"]) for score in scores} - {0})
     }
-    means = {name: _mean([score[name] for score in scores]) for name in ("searches", "unanswered", "tokens")}
+    means = ("searches", "unanswered", "tokens", "invalid")
     return {
         "em": interval(em),
         "f1": interval([score["f1"] for score in scores]),
+        "sub_em": interval([score["sub_em"] for score in scores]),
         "by_hops": by_hops,
-        **means,
+        **{name: mean([score[name] for score in scores]) for name in means},
         "em_by_question": em,
     }
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float | int | bool]) -> float:
     return float(np.mean(values)) if len(values) else 0.0

@@ -9,6 +9,8 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 4000
+MEMORY = 10**7
+"""Numbers resampled at once: a large set is resampled in parts, with the same result for a small one."""
 
 
 def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
@@ -23,8 +25,9 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     if len(data) < 3 or np.ptp(data) == 0.0:
         return {"value": mean, "low": mean, "high": mean, "n": len(data)}
     bounds = stats.bootstrap(
-        (data,), np.mean, n_resamples=RESAMPLES, vectorized=True, rng=np.random.default_rng(seed)
-    ).confidence_interval
+        (data,), np.mean, n_resamples=RESAMPLES, batch=_batch(len(data), RESAMPLES), vectorized=True,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
     return {"value": mean, "low": float(bounds.low), "high": float(bounds.high), "n": len(data)}
 
 
@@ -34,6 +37,49 @@ def share(k: int, n: int) -> dict[str, float]:
         return {"value": 0.0, "low": 0.0, "high": 1.0, "n": 0}
     bounds = stats.binomtest(k, n).proportion_ci(0.95, "wilson")
     return {"value": k / n, "low": float(bounds.low), "high": float(bounds.high), "n": n}
+
+
+def macro_interval(groups: Sequence[Sequence[float]], seed: int = 0) -> dict[str, float]:
+    """{value, low, high, n}: the mean of the groups' means, each group resampled within itself (percentiles).
+
+    `n` counts groups. A group without values is refused (ValueError): its mean does not exist.
+    """
+    if not groups:
+        return {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0}
+    if not all(len(group) for group in groups):
+        raise ValueError("a macro average needs at least one value in every group")
+    rng = np.random.default_rng(seed)
+    total = np.zeros(RESAMPLES)
+    for group in groups:
+        data = np.asarray(group, dtype=np.float64)
+        size = _batch(len(data), RESAMPLES)
+        for start in range(0, RESAMPLES, size):
+            stop = min(start + size, RESAMPLES)
+            drawn = rng.integers(0, len(data), (stop - start, len(data)))
+            total[start:stop] += data[drawn].mean(axis=1)
+    low, high = np.percentile(total / len(groups), [2.5, 97.5])
+    value = float(np.mean([np.mean(group) for group in groups]))
+    return {"value": value, "low": float(low), "high": float(high), "n": len(groups)}
+
+
+def sampled_error(strata: Sequence[tuple[Sequence[float], int]]) -> float:
+    """Standard error of the mean of a stratified sample: (values drawn, size) for each stratum.
+
+    sqrt(sum of W² (1 - n/N) s²/n) with W = N over the size of all: 0 where everything was drawn, the ordinary
+    standard error with finite-population correction where there is one stratum (Cochran 1977, §5.3). A
+    stratum of which only one value was drawn takes the variance of all values.
+    """
+    whole = sum(size for _, size in strata)
+    pooled = np.concatenate([np.asarray(values, dtype=np.float64) for values, _ in strata] or [np.zeros(0)])
+    if len(pooled) < 2:
+        return 0.0
+    error = 0.0
+    for values, size in strata:
+        n = len(values)
+        if n:
+            variance = float(np.var(values if n > 1 else pooled, ddof=1))
+            error += (size / whole) ** 2 * (1 - n / size) * variance / n
+    return float(np.sqrt(error))
 
 
 def paired_p(differences: Sequence[float]) -> float:
@@ -47,6 +93,7 @@ def paired_p(differences: Sequence[float]) -> float:
 
     test = stats.permutation_test(
         (data,), mean, permutation_type="samples", n_resamples=20_000, vectorized=True,
+        batch=_batch(len(data), 20_000),
         rng=np.random.default_rng(0),
     )  # fmt: skip
     return float(test.pvalue)
@@ -62,3 +109,7 @@ def area(spent: Sequence[float], values: Sequence[float], budget: float) -> floa
     x_cut = np.append(x[inside], budget)
     y_cut = np.append(y[inside], np.interp(budget, x, y))
     return float(np.trapezoid(y_cut, x_cut) / budget)
+
+
+def _batch(values: int, resamples: int) -> int:
+    return max(1, min(resamples, MEMORY // max(1, values)))

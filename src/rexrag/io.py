@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,8 @@ from typing import Any, BinaryIO, TypeVar
 from rexrag.errors import DataError
 
 T = TypeVar("T")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters: text from models, documents and servers must not steer a terminal."""
 Row = tuple[int, dict[str, Any]]
 """Number of a row in its file, from 1, and its fields by name."""
 
@@ -195,6 +198,11 @@ def brief(value: object) -> str:
     """A value for an error message: its type and the first characters of it."""
     shown = repr(value)
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
+
+
+def printable(text: str) -> str:
+    """The text without control characters (line ends and tabs stay)."""
+    return _UNPRINTABLE.sub("�", text)
 
 
 def _temporary_name(path: Path) -> Path:

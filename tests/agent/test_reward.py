@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rexrag.agent.reward import exact_match, f1, normalize_answer, rollout_reward, sub_exact_match
+from rexrag.agent.reward import (
+    AnswerScore,
+    exact_match,
+    f1,
+    has_answer,
+    normalize_answer,
+    rollout_reward,
+    score_answer,
+    sub_exact_match,
+)
 from rexrag.config import AgentConfig
 
 
@@ -83,3 +92,15 @@ FORM = "<think> a </think> <answer> president madison </answer>"
 )
 def test_rollout_reward(answer, response, settings, expected):
     assert rollout_reward(answer, response, ("Madison",), AgentConfig(**settings)) == pytest.approx(expected)
+
+
+def test_an_answer_in_a_passage_is_whole_words():
+    assert has_answer('"Paris"\nThe capital, of FRANCE!', ["capital of France"])
+    assert has_answer("the U.S. Army", ["US army"])
+    assert not has_answer("France", ["ran"]) and not has_answer("yes, it is", ["Yes"])
+    assert not has_answer("anything", ["the", "..."])  # nothing is left of these
+
+
+def test_no_answer_scores_nothing():
+    assert score_answer(None, ["a", "the"]) == AnswerScore(0.0, 0.0, 0.0)
+    assert score_answer("in Paris", ["Paris"]) == AnswerScore(0.0, f1("in Paris", ["Paris"]), 1.0)

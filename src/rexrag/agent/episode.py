@@ -102,7 +102,15 @@ class Episode:
     hold even an empty `<information>` block.
     """
 
-    def __init__(self, question: Question, codec: Codec, config: AgentConfig, topk: int = 3) -> None:
+    def __init__(
+        self,
+        question: Question,
+        codec: Codec,
+        config: AgentConfig,
+        topk: int = 3,
+        message: str | None = None,
+    ) -> None:
+        """`message` replaces the user message that `config.template` makes of the question."""
         self.question, self.codec, self.config, self.topk = question, codec, config, topk
         self._stops = _tables(codec)
         if config.evidence_tokens < self._stops.frame:
@@ -110,7 +118,9 @@ class Episode:
                 f"agent.evidence_tokens = {config.evidence_tokens}: an empty <information> block "
                 f"takes {self._stops.frame} tokens"
             )
-        self.prompt: tuple[int, ...] = tuple(codec.prompt(render_prompt(config.template, question.text)))
+        if message is None:
+            message = render_prompt(config.template, question.text)
+        self.prompt: tuple[int, ...] = tuple(codec.prompt(message))
         self._room = config.total_tokens - len(self.prompt)
         if self._room < 1:
             raise DataError(
@@ -131,6 +141,8 @@ class Episode:
         self.cut: int | None = None
         self.cue: int | None = None
         self.cue_length = 0
+        self.failure = ""
+        """Why an engine gave up on this rollout; empty where it did not."""
         self._begin_turn()
 
     # -- what an engine calls ------------------------------------------------------------------------------
@@ -171,6 +183,15 @@ class Episode:
         self.query = ""
         self._force(render_evidence(documents, self.codec, self.config.evidence_tokens), Origin.EVIDENCE)
 
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens the turn may still sample (state SAMPLE)."""
+        return self._limit - len(self.tokens)
+
+    def give_up(self, reason: str) -> None:
+        """End this rollout without a result: its engine cannot go on. `rollout()` raises then."""
+        self.failure, self.state = reason, State.DONE
+
     def fork(self, cue: Sequence[int], cue_index: int | None, parent_index: int) -> Episode:
         """A probe of this finished rollout: its tokens up to the cut, then `cue` as forced CUE tokens.
 
@@ -185,7 +206,7 @@ class Episode:
             raise RuntimeError("only a finished rollout can be probed")
         last = self.turns[-1]
         cut = last.end if last.action_start is None else last.action_start
-        probe = Episode.__new__(Episode)
+        probe = Episode.__new__(type(self))
         probe.__dict__.update(self.__dict__)
         probe.tokens, probe.origins, probe.logps = self.tokens[:cut], self.origins[:cut], self.logps[:cut]
         probe.turns = self.turns[:-1]
@@ -200,15 +221,10 @@ class Episode:
             probe.cue, probe.cue_length = cue_index, len(cue)
         return probe
 
-    @property
-    def budget(self) -> int:
-        """Tokens that can still be sampled in this turn (state SAMPLE)."""
-        return self._limit - len(self.tokens)
-
     def rollout(self) -> Rollout:
         """The finished rollout with its answer and reward (state DONE)."""
         if self.stop is None:
-            raise RuntimeError(f"the rollout is not finished: state '{self.state}'")
+            raise RuntimeError(self.failure or f"the rollout is not finished: state '{self.state}'")
         text = self.codec.decode(self.tokens)
         return Rollout(
             question=self.question,

@@ -35,6 +35,35 @@ TEMPLATES: Mapping[str, str] = MappingProxyType(
 )
 """Instruction templates; `{question}` is the only field."""
 
+BASELINES: Mapping[str, str] = MappingProxyType(
+    {
+        "cot": (
+            "Answer the question below from what you already know. First reason step by step between <think> "
+            "and </think>, then state the answer between <answer> and </answer>, with no explanation around "
+            "it. For example, <answer> Beijing </answer>. Question: {question}\n"
+        ),
+        "rag": (
+            "Answer the question below with the help of the passages. Reply with nothing but the answer, "
+            "between <answer> and </answer>. For example, <answer> Beijing </answer>.\n\n{passages}\n\n"
+            "Question: {question}\n"
+        ),
+        "ircot": (
+            "Work towards the answer of the question below, one sentence at a time, with the help of the "
+            "passages. Write only the next sentence of the reasoning, naming what has to be found out next. "
+            "If the reasoning so far is enough, write only the answer, between <answer> and </answer>, with "
+            "no explanation around it. For example, <answer> Beijing </answer>.\n\n{passages}\n\n"
+            "Question: {question}\nReasoning so far: {thoughts}\n"
+        ),
+        "refine": (
+            "Somebody who reasons about a question has searched for something. Read the passages that were "
+            "found and write down, in a few sentences, only what helps with the next step of the reasoning. "
+            "If nothing helps, write: No helpful information found.\n\nQuestion: {question}\n"
+            "Reasoning so far: {thoughts}\nSearched for: {query}\n\n{passages}\n"
+        ),
+    }
+)
+"""Instructions of the baselines that `rexrag eval` compares an agent with; each names the fields it takes."""
+
 _DEFAULT = (
     "<think> Wait, that came too easily, so I should try to prove it wrong.",
     "<think> Maybe the passage was about somebody else and I misread the name.",
@@ -115,10 +144,12 @@ def render_prompt(template: str, question: str) -> str:
 
     Raises ConfigError for an unknown template, naming the nearest known one.
     """
-    text = question.strip()
-    if not text.endswith("?"):
-        text += "?"
-    return _lookup(TEMPLATES, template, "agent.template").replace("{question}", text)
+    return _lookup(TEMPLATES, template, "agent.template").replace("{question}", _asked(question))
+
+
+def render_baseline(name: str, question: str, **fields: str) -> str:
+    """The user message of a baseline. Braces in the fields are text."""
+    return BASELINES[name].format(question=_asked(question), **fields)
 
 
 def cue_pool(name: str) -> tuple[str, ...]:
@@ -129,6 +160,11 @@ def cue_pool(name: str) -> tuple[str, ...]:
 def pool_digest(cues: Sequence[str]) -> str:
     """sha256 over the exact texts of a pool, in order: what a checkpoint stores to notice a change."""
     return hashlib.sha256(json.dumps(list(cues)).encode()).hexdigest()
+
+
+def _asked(question: str) -> str:
+    text = question.strip()
+    return text if text.endswith("?") else text + "?"
 
 
 def _lookup(table: Mapping[str, T], name: str, key: str) -> T:

@@ -6,12 +6,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rexrag.agent.protocol import well_formed
 from rexrag.config import AgentConfig
 
+_VERDICTS = frozenset({"yes", "no", "noanswer"})
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = frozenset(string.punctuation)
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
@@ -19,8 +21,7 @@ def normalize_answer(text: str) -> str:
 
     Source: the SQuAD 1.1 evaluation (Rajpurkar et al., 2016), used unchanged by Search-R1 and FlashRAG.
     """
-    lowered = "".join(c for c in text.lower() if c not in _PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", lowered).split())
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -51,6 +52,36 @@ def sub_exact_match(prediction: str, answers: Sequence[str]) -> float:
     return float(any(gold in normalised if gold else not normalised for gold in golds))
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerScore:
+    """Fractions in [0, 1] of one answer."""
+
+    em: float
+    f1: float
+    sub_em: float
+
+
+def score_answer(answer: str | None, answers: Sequence[str]) -> AnswerScore:
+    """EM, F1 and sub-EM of an answer; all 0 where there is none, whatever the gold answers are."""
+    if answer is None:
+        return AnswerScore(0.0, 0.0, 0.0)
+    return AnswerScore(exact_match(answer, answers), f1(answer, answers), sub_exact_match(answer, answers))
+
+
+def evidence_answers(answers: Sequence[str]) -> list[str]:
+    """The normalised answers that a passage can hold: not yes, no or noanswer, and not nothing."""
+    return [gold for gold in map(normalize_answer, answers) if gold and gold not in _VERDICTS]
+
+
+def has_answer(text: str, answers: Sequence[str]) -> bool:
+    """Does a passage hold one of `evidence_answers(answers)`, as whole words after normalisation?
+
+    Source: DPR's answer match (Karpukhin et al., 2020), with SQuAD's normalisation instead of its tokenizer.
+    """
+    words = f" {normalize_answer(text)} "
+    return any(f" {gold} " in words for gold in evidence_answers(answers))
+
+
 def rollout_reward(answer: str | None, response: str, answers: Sequence[str], config: AgentConfig) -> float:
     """Reward of a finished rollout, in [0, 1].
 
@@ -64,7 +95,7 @@ def rollout_reward(answer: str | None, response: str, answers: Sequence[str], co
 
 
 def _token_f1(prediction: str, answer: str) -> float:
-    if prediction != answer and {prediction, answer} & {"yes", "no", "noanswer"}:
+    if prediction != answer and {prediction, answer} & _VERDICTS:
         return 0.0
     said, gold = prediction.split(), answer.split()
     common = sum((Counter(said) & Counter(gold)).values())

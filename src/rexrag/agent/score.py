@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rexrag.agent.protocol import actions, count_notices, extract_answer, stray_action_tags, well_formed
-from rexrag.agent.reward import exact_match, f1, sub_exact_match
+from rexrag.agent.reward import score_answer
 from rexrag.io import FieldError, brief, check_text, parse_rows, read_jsonl, text_field
 
 TOLERANCE = 1e-6
@@ -73,12 +73,9 @@ def score_row(number: int, row: Mapping[str, Any]) -> TraceScore:
     question, golds, response = text_field(row, "question"), _answers(row), _response(row)
     prediction = extract_answer(response)
     said = prediction if prediction is not None else ""
-    answered = prediction is not None
+    scored = score_answer(prediction, golds)
     kinds = [action.kind for action in actions(response)]
-    ours = {
-        "em": exact_match(said, golds) if answered else 0.0,
-        "f1": f1(said, golds) if answered else 0.0,
-    }
+    ours = {"em": scored.em, "f1": scored.f1}
     recorded = {name: _recorded_score(row, name) for name in ours}
     disagrees = [n for n, value in recorded.items() if value is not None and abs(value - ours[n]) > TOLERANCE]
     if "prediction" in row and _recorded_prediction(row) != said.strip():
@@ -87,9 +84,9 @@ def score_row(number: int, row: Mapping[str, Any]) -> TraceScore:
         row=number,
         question=question,
         prediction=prediction,
-        em=ours["em"],
-        f1=ours["f1"],
-        sub_em=sub_exact_match(said, golds) if answered else 0.0,
+        em=scored.em,
+        f1=scored.f1,
+        sub_em=scored.sub_em,
         searches=kinds.count("search"),
         answers=kinds.count("answer"),
         malformed=stray_action_tags(response),

@@ -7,8 +7,9 @@ import traceback
 
 import typer
 
-from rexrag.cli import models, tools, training
+from rexrag.cli import evaluation, models, tools, training
 from rexrag.errors import RexragError
+from rexrag.io import printable
 
 app = typer.Typer(
     name="rexrag",
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 training.register(app)
+evaluation.register(app)
 tools.register(app)
 models.register(app)
 
@@ -46,7 +48,7 @@ def main() -> None:
     except RexragError as error:
         if debug:
             traceback.print_exc()
-        print(f"rexrag: {error}", file=sys.stderr)
+        print(f"rexrag: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("rexrag: interrupted", file=sys.stderr)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from rexrag.config import Config
+from rexrag.io import printable
 
 QUIET_SECONDS = 10.0
 """Where the output is no terminal, a line of progress this often."""
@@ -83,13 +84,26 @@ def format_points(value: dict[str, float]) -> str:
     return f"{100 * value['value']:+.1f} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], words: bool = False) -> Table:
-    """A plain table; text from models and files is escaped. `words`: every column is text, not numbers."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    words: bool = False,
+    narrow: bool = False,
+) -> Table:
+    """A plain table; text from models and files is escaped. `words`: every column is text, not numbers.
+
+    `narrow` leaves one space between columns, so that more of them fit a terminal.
+    """
+    padding = (0, 1, 0, 0) if narrow else (0, 1)
+    drawn = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
+        padding=padding,
+    )  # fmt: skip
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if words or i == 0 else "right", overflow="fold")
     for row in rows:
-        drawn.add_row(*(escape(str(cell)) for cell in row))
+        drawn.add_row(*(escape(printable(str(cell))) for cell in row))
     return drawn
 
 

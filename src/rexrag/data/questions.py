@@ -47,18 +47,23 @@ def load_questions(path: str | Path, source: str = "local", split: str = "train"
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"unknown suffix '{path.suffix}'; expected {' or '.join(READERS)}", file=path)
+    return collect_questions(path, reader(path), source, split)
+
+
+def collect_questions(where: str | Path, rows: Iterable[Row], source: str, split: str) -> list[Question]:
+    """All questions of numbered rows; `where` is what an error calls their origin. Raises DataError."""
 
     def parse(number: int, row: Mapping[str, Any]) -> Question:
         return parse_question(row, number, source, split)
 
     questions: dict[str, Question] = {}
-    for number, question in parse_rows(path, reader(path), parse):
+    for number, question in parse_rows(where, rows, parse):
         if question.group in questions:
             message = f"'{question.id}' was seen before in {question.source}/{question.split}; ids are unique"
-            raise DataError(message, file=path, row=number, field="id")
+            raise DataError(message, file=where, row=number, field="id")
         questions[question.group] = question
     if not questions:
-        raise DataError("no questions; expected at least one row", file=path)
+        raise DataError("no questions; expected at least one row", file=where)
     return list(questions.values())
 
 
@@ -95,8 +100,15 @@ def _plain(row: Mapping[str, Any], number: int, source: str, split: str) -> Ques
         source=_optional_text(row, "source", source),
         split=_optional_text(row, "split", split),
         hops=_hops(row),
-        kind=_optional_text(row, "kind", ""),
+        kind=_optional_text(row, "kind", _flashrag_type(row)),
     )
+
+
+def _flashrag_type(row: Mapping[str, Any]) -> str:
+    """FlashRAG keeps the type of a question among its metadata, where the data set has one."""
+    metadata = row.get("metadata")
+    found = metadata.get("type") if isinstance(metadata, Mapping) else None
+    return found.strip() if isinstance(found, str) else ""
 
 
 def _search_r1(row: Mapping[str, Any], number: int, split: str) -> Question:

@@ -82,7 +82,7 @@ class Warmup(Model):
     worlds: Count = 2
     """Fresh worlds in a batch."""
     people: Count = 120
-    longer_names: tuple[Unit, ...] = (0.8, 0.13, 0.07)
+    longer_names: tuple[Unit, ...] = (1.0,)
     """Shares of worlds whose names have 0, 1, 2 more words, as those of larger worlds have."""
     hops: tuple[Unit, ...] = (0.3, 0.4, 0.3)
     """Share of questions with 1, 2, 3 hops."""

@@ -29,7 +29,7 @@ from rexrag.agent.episode import Episode, State
 from rexrag.engine.verl.drive import drive
 from rexrag.engine.verl.parts import parts_of
 from rexrag.engine.verl.records import AGENT, question_of, rollout_record
-from rexrag.evaluate import score_of
+from rexrag.evaluate import numbers, scored_rollout
 from rexrag.step import fork_probe, plan
 from rexrag.types import Origin, Rollout
 
@@ -75,7 +75,7 @@ class RexragLoop(AgentLoopBase):  # type: ignore[misc]
         searching = await drive(episode, generate, parts.search.search)
         rollout = episode.rollout()
         # `acc` is the name under which verl reports accuracy; `place` brings evaluations back into order.
-        scores = {**score_of(rollout), "acc": rollout.em, "place": float(extra_info["index"])}
+        scores = {**numbers(scored_rollout(rollout)), "acc": rollout.em, "place": float(extra_info["index"])}
         return EpisodeOutput(
             prompt_ids=list(rollout.prompt),
             response_ids=list(rollout.tokens),

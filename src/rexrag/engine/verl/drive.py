@@ -29,7 +29,7 @@ async def drive(episode: Episode, generate: Generate, search: Search) -> float:
             episode.found(await search(episode.query, episode.topk))
             searching += time.perf_counter() - start
         else:
-            tokens, logps = await generate([*episode.prompt, *episode.tokens], episode.budget)
+            tokens, logps = await generate([*episode.prompt, *episode.tokens], episode.tokens_left)
             if not tokens:
                 raise ModelError(f"the rollout engine sampled nothing after {len(episode.tokens)} tokens")
             for token, logp in zip(tokens, logps, strict=True):

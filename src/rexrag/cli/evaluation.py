@@ -1,0 +1,172 @@
+"""`rexrag eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rexrag.cli.training import JsonOption, SetOption
+
+
+def register(app: typer.Typer) -> None:
+    app.command("eval")(evaluate)
+
+
+def evaluate(
+    config: Annotated[
+        str | None, typer.Argument(help="A config; default: the checkpoint's run, else Search-R1's protocol.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="A run folder, checkpoint, model folder or id, or http://…/v1.")
+    ] = "",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A file, folder or hub id of questions; repeatable. Default: the config's dev set."
+        ),
+    ] = None,
+    sets: Annotated[str, typer.Option(help="Some of --data's sets, e.g. nq,hotpotqa,musique.")] = "",
+    strategy: Annotated[
+        str, typer.Option(help="Some of agent,direct,cot,rag,ircot,search-o1,reflect; the control first.")
+    ] = "agent",
+    votes: Annotated[int, typer.Option(help="Majority vote over this many attempts.", min=1)] = 1,
+    limit: Annotated[int, typer.Option(help="Questions drawn from each set; 0: all.", min=0)] = 0,
+    stratify: Annotated[bool, typer.Option("--stratify", help="Keep the shares of question types.")] = False,
+    corpus: Annotated[str, typer.Option(help="A corpus.jsonl to search (and to audit).")] = "",
+    index: Annotated[str, typer.Option(help="Or an index folder.")] = "",
+    retriever: Annotated[str, typer.Option(help="Or the address of a /retrieve service.")] = "",
+    temperature: Annotated[
+        float | None, typer.Option(help="Default 0 (greedy); with --votes the agent's.", min=0.0)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of samples, votes and cues.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder; default runs/eval/<policy>.")] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Another evaluation's folder, for a paired test; repeatable.")
+    ] = None,
+    show: Annotated[Path | None, typer.Option(help="Print a finished evaluation; runs nothing.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what is cached.")] = False,
+    audit: Annotated[bool, typer.Option(help="Look for questions the corpus cannot answer.")] = True,
+    vouch: Annotated[
+        str, typer.Option(help="wiki18-e5: the remote retriever is the paper's.", metavar="NAME")
+    ] = "",
+    batch: Annotated[int, typer.Option(help="Attempts run side by side between two writes.", min=1)] = 64,
+    max_failed: Annotated[
+        float, typer.Option(help="Exit 1 where a larger share of the rows failed.", min=0.0, max=1.0)
+    ] = 0.01,
+    model: Annotated[str, typer.Option(help="Endpoint: the model's name there.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Endpoint: tokenizer folder or id; default: --model.")] = "",
+    concurrency: Annotated[int, typer.Option(help="Endpoint: rollouts in flight.", min=1)] = 16,
+    timeout: Annotated[float, typer.Option(help="Endpoint: seconds for an answer.", min=0.1)] = 120.0,
+    retries: Annotated[int, typer.Option(help="Endpoint: tries after the first.", min=0)] = 5,
+    override: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a policy and its baselines: EM, F1, evidence, cost, with intervals, beside published numbers.
+
+    The same command goes on after a kill, asks failed questions again, and reuses what is cached in --out.
+
+    \b
+    Examples:
+      rexrag eval --policy runs/quickstart                          the run's own held-out questions
+      rexrag eval --policy runs/quickstart --strategy agent,reflect,direct --against runs/eval/before
+      rexrag eval --policy Qwen/Qwen2.5-3B --data benchmarks --index wiki18 --limit 500
+      rexrag eval --policy http://127.0.0.1:8000/v1 --data RUC-NLPIR/FlashRAG_datasets \\
+          --sets nq,hotpotqa --retriever http://127.0.0.1:8001 --vouch wiki18-e5
+      rexrag eval --policy models/a --data dev.jsonl --corpus corpus.jsonl --votes 5
+      rexrag eval --show runs/eval/a --against runs/eval/b          two finished evaluations, paired
+    """
+    from rexrag.cli.show import stdout
+    from rexrag.cli.show_eval import EvalProgress, print_evaluation
+    from rexrag.errors import EvaluationError
+
+    console = stdout()
+    console.quiet = as_json
+    if show is not None:
+        result = _shown(show, against or [])
+    else:
+        searched = {"data.corpus": corpus, "retriever.index": index, "retriever.url": retriever}
+        overrides = [f"{key}={json.dumps(value)}" for key, value in searched.items() if value]
+        overrides += ["retriever.kind=remote"] if retriever else []
+        progress = EvalProgress(console)
+        try:
+            result = _run(
+                policy, config, [*overrides, *(override or [])],
+                choices={
+                    "data": data or [], "sets": _names(sets), "strategies": _names(strategy), "votes": votes,
+                    "limit": limit, "stratify": stratify, "seed": seed, "temperature": temperature,
+                },
+                options={
+                    "batch": batch, "audit": audit, "fresh": fresh, "against": tuple(against or []),
+                    "vouch": vouch,
+                },
+                endpoint={
+                    "model": model, "tokenizer": tokenizer, "concurrency": concurrency, "timeout": timeout,
+                    "retries": retries,
+                },
+                out=out, progress=progress,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print("stopped; what was answered is kept: the same command goes on")
+            raise
+        finally:
+            progress.stop()
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_evaluation(console, result)
+    failures = result["failures"]
+    if failures["stopped"] or failures["share"] > max_failed:
+        raise EvaluationError(
+            f"{failures['failed']:,} of {failures['rows']:,} rows failed, {failures['unasked']:,} not asked: "
+            f"more than --max-failed {max_failed:g} allows; the same command asks them again"
+        )
+
+
+def _run(
+    policy: str,
+    config: str | None,
+    overrides: list[str],
+    *,
+    choices: dict[str, Any],
+    options: dict[str, Any],
+    endpoint: dict[str, Any],
+    out: Path | None,
+    progress: Any,
+) -> dict[str, Any]:
+    from rexrag.evaluation.plan import Choices, make_plan
+    from rexrag.evaluation.policies import EndpointOptions, is_endpoint, open_policy, resolve_config
+    from rexrag.evaluation.published import check_vouched
+    from rexrag.evaluation.runner import Options, run
+
+    check_vouched(options["vouch"])
+    settings = resolve_config(policy, config, overrides)
+    source = open_policy(policy, settings.policy, EndpointOptions(**endpoint))
+    if is_endpoint(policy):  # a batch ends with its slowest rollout, so it holds several rounds of them
+        options["batch"] = max(options["batch"], 4 * endpoint["concurrency"])
+    try:
+        plan = make_plan(source, settings, Choices(**choices), out or Path("runs/eval") / _slug(source.name))
+        return run(plan, Options(**options), progress) | {"out": str(plan.out)}
+    finally:
+        source.close()
+
+
+def _shown(folder: Path, against: list[Path]) -> dict[str, Any]:
+    from rexrag.evaluation.paired import compare, load_evaluation
+
+    result, rows = load_evaluation(folder)
+    paired = [row for other in against for row in compare(rows, load_evaluation(other)[1], str(other))]
+    return result | {"paired": paired or result["paired"], "out": str(folder)}
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _slug(name: str) -> str:
+    """A folder name that tells policies apart: the last parts of a path or id."""
+    tail = "-".join(Path(name).parts[-3:])
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in tail).strip("-.")[:80] or "policy"

@@ -1,0 +1,220 @@
+"""One completion from an OpenAI-compatible server: token ids in and, where the server can, token ids out.
+
+Prompts are always sent as token ids. Ids come back in one of these places, in this order:
+
+| server | asked for with | found in the choice |
+|---|---|---|
+| vLLM | `return_token_ids` | `token_ids` |
+| llama.cpp | `logprobs` | `logprobs.content[].id` |
+| older vLLM | `return_tokens_as_token_ids` and `logprobs` | `logprobs.tokens` as `token_id:N` |
+
+Where there are none the text is encoded anew: then the continuation is not token-exact, and it is counted.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from rexrag.errors import ConfigError, EndpointError
+from rexrag.io import brief
+from rexrag.retrieval.address import is_loopback
+from rexrag.retrieval.client import pause, retry_after
+
+TOKEN_VARIABLE = "REXRAG_POLICY_TOKEN"
+STOPS = ("</search>", "</answer>")
+"""An action ends the turn, so the server need not write on."""
+OPTIONS: Mapping[str, Any] = {
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "logprobs": 1,
+    "include_stop_str_in_output": True,
+    "no_stop_trim": True,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": False,
+    # A server may take its defaults from the model's generation config; these switch them off.
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+"""What is asked for beyond the standard fields. A server that refuses them is asked again without them."""
+REFUSED = frozenset({401, 403, 404})
+"""Statuses that no other question would change: a wrong token, address or model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a server wrote. `ids` is None where it returned text only."""
+
+    text: str
+    ids: tuple[int, ...] | None
+    finished: bool
+    """It stopped by itself (an end token or a stop string), not at the token limit."""
+    stopped_by: str | int | None
+    """The stop string or token id, where the server names it."""
+    names_stop: bool
+    """The server says what stopped it: then a missing name means an end token."""
+
+
+class CompletionClient:
+    """Use it as long as the policy lives, from any thread; `close` it at the end.
+
+    `url` is what OpenAI clients call the base URL (…/v1); `/completions` is added. Tried again with growing
+    pauses, up to `retries` times: no connection, a time-out, status 429 and 5xx, an answer that is no
+    completion.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        timeout: float = 120.0,
+        retries: int = 5,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """The token is $REXRAG_POLICY_TOKEN, where it is set. Raises ConfigError where `url` is unusable."""
+        self.url, self.model, self.retries = base_url(url), model, retries
+        self._sleep = sleep
+        self._jitter = random.Random()
+        self._plain = False
+        token = os.environ.get(TOKEN_VARIABLE)
+        self._http = httpx.Client(
+            timeout=timeout,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            trust_env=not is_loopback(self.url.host),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def models(self) -> list[str]:
+        """Names of the models that the server offers. Raises EndpointError, ConfigError."""
+        body = self._ask("GET", "/models", None, _model_names)
+        return list(body)
+
+    def complete(self, prompt: Sequence[int], max_tokens: int, temperature: float, seed: int) -> Completion:
+        """At most `max_tokens` more tokens. Raises EndpointError after every retry, ConfigError (REFUSED)."""
+        request = {
+            "model": self.model,
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "stop": list(STOPS),
+        }
+
+        def parse(body: object) -> Completion:
+            return parse_completion(body, prompt, max_tokens)
+
+        found: Completion = self._ask("POST", "/completions", request, parse)
+        return found
+
+    def _ask(
+        self, method: str, path: str, request: dict[str, Any] | None, parse: Callable[[object], Any]
+    ) -> Any:
+        where = f"{self.url}{path}"
+        for attempt in range(self.retries + 1):
+            asked = None
+            try:
+                response = self._send(method, where, request)
+            except httpx.HTTPError as error:
+                cause = f"{type(error).__name__}: {error}"
+            else:
+                status = response.status_code
+                if response.is_success:
+                    try:
+                        return parse(response.json())
+                    except (ValueError, RecursionError) as error:
+                        cause = f"no completion: {error}"
+                else:
+                    cause = f"status {status}: {' '.join(response.text[:200].split())}"
+                    if status in REFUSED:
+                        raise ConfigError(f"{where}: {cause} (a token is read from ${TOKEN_VARIABLE})")
+                    if status != 429 and not response.is_server_error:
+                        raise EndpointError(f"{where}: {cause}")
+                    asked = retry_after(response.headers.get("Retry-After"))
+            if attempt < self.retries:
+                self._sleep(pause(attempt, asked, self._jitter))
+        raise EndpointError(f"{where}: failed {self.retries + 1} times, the last time with {cause}")
+
+    def _send(self, method: str, where: str, request: dict[str, Any] | None) -> httpx.Response:
+        if request is None:
+            return self._http.request(method, where)
+        if not self._plain:
+            response = self._http.request(method, where, json={**request, **OPTIONS})
+            if response.status_code not in (400, 422):
+                return response
+        plain = self._http.request(method, where, json=request)
+        # Only a server that takes the plain request has refused the options.
+        self._plain = self._plain or plain.is_success
+        return plain
+
+
+def base_url(url: str) -> httpx.URL:
+    """The address up to /v1, without a final slash. Raises ConfigError."""
+    try:
+        parsed = httpx.URL(url.rstrip("/").removesuffix("/completions"))
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"policy '{url}': {error}") from None
+    if parsed.userinfo:
+        raise ConfigError(f"policy of host '{parsed.host}': a secret belongs in ${TOKEN_VARIABLE}")
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ConfigError(f"policy '{url}': expected for example http://127.0.0.1:8000/v1")
+    return parsed.copy_with(path="/v1") if parsed.path in ("", "/") else parsed
+
+
+def parse_completion(body: object, prompt: Sequence[int], max_tokens: int) -> Completion:
+    """The first choice of a completion. Raises ValueError for anything that cannot be one."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise ValueError(f"expected an object with a list 'choices', got {brief(body)}")
+    choice = choices[0]
+    text, reason = choice.get("text"), choice.get("finish_reason")
+    if not isinstance(text, str):
+        raise ValueError(f"choices.0.text: expected a text, got {brief(text)}")
+    text.encode("utf-8")  # JSON can spell half a surrogate pair; no tokenizer takes it
+    if reason not in ("stop", "length"):
+        raise ValueError(f"choices.0.finish_reason: expected 'stop' or 'length', got {brief(reason)}")
+    echoed = choice.get("prompt_token_ids")
+    if isinstance(echoed, list) and echoed != list(prompt):
+        raise ValueError("choices.0.prompt_token_ids: the server read another prompt than was sent")
+    ids = _token_ids(choice)
+    if ids is not None and len(ids) > max_tokens:
+        raise ValueError(f"{len(ids)} tokens, but at most {max_tokens} were asked for")
+    if not text and not ids and reason == "length":
+        raise ValueError("an empty completion at the token limit")
+    stop_fields = [field for field in ("stop_reason", "matched_stop") if field in choice]
+    stopped_by = choice[stop_fields[0]] if stop_fields else None
+    return Completion(text, ids, reason == "stop", stopped_by, bool(stop_fields))
+
+
+def _token_ids(choice: Mapping[str, Any]) -> tuple[int, ...] | None:
+    ids = choice.get("token_ids")
+    if ids is None and isinstance(logprobs := choice.get("logprobs"), dict):
+        content, tokens = logprobs.get("content"), logprobs.get("tokens")
+        if isinstance(content, list) and content and all(isinstance(t, dict) and "id" in t for t in content):
+            ids = [token["id"] for token in content]
+        elif isinstance(tokens, list) and tokens and all(str(t).startswith("token_id:") for t in tokens):
+            ids = [int(str(token).removeprefix("token_id:")) for token in tokens]
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise ValueError(f"expected token ids, got {brief(ids)}")
+    return tuple(ids)
+
+
+def _model_names(body: object) -> list[str]:
+    rows = body.get("data") if isinstance(body, dict) else None
+    names = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"expected an object with a list 'data' of models, got {brief(body)}")
+    return [str(name) for name in names]

@@ -1,0 +1,128 @@
+"""Which policy is meant, who it is, and how it is loaded: a checkpoint, a model folder or id, an endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rexrag import presets
+from rexrag.config import Config, PolicyConfig, parse_config
+from rexrag.engine.base import Policy
+from rexrag.errors import ConfigError
+from rexrag.io import sha256_file
+from rexrag.runs import digest, last_checkpoint
+
+MODEL_FILES = (
+    "*.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.jinja",
+)
+"""What of a model folder decides what it says."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySource:
+    """A policy that need not be loaded yet. `digest` is its identity in the cache."""
+
+    name: str
+    digest: str
+    load: Callable[[], Policy]
+    close: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointOptions:
+    """What only an endpoint needs. Seconds; retries after the first try."""
+
+    model: str = ""
+    tokenizer: str = ""
+    concurrency: int = 16
+    timeout: float = 120.0
+    retries: int = 5
+
+
+def is_endpoint(policy: str) -> bool:
+    return policy.startswith(("http://", "https://"))
+
+
+def resolve_config(policy: str, config: str | None, overrides: Sequence[str]) -> Config:
+    """The configuration to evaluate under: the one named, else that of the run a checkpoint belongs to.
+
+    Else the quickstart's for an embedded policy, and the defaults (Search-R1's protocol) for any other.
+    `policy.path` becomes the folder, id or name of the policy. Raises ConfigError, CheckpointError.
+    """
+    path = _weights(policy) if policy and not is_endpoint(policy) else ""
+    named = [f"policy.path={_quoted(path)}"] if path else []
+    run = _run_config(policy)
+    if config or not policy or policy.startswith("embedded"):
+        return presets.resolve(config, "", [*named, *overrides])
+    if run is not None:
+        return presets.resolve(run, "", [*named, *overrides])
+    return parse_config({}, [*named, *overrides], where="defaults")
+
+
+def open_policy(policy: str, config: PolicyConfig, options: EndpointOptions) -> PolicySource:
+    """The policy of a configuration, or the endpoint that `policy` names. Raises RexragError."""
+    if is_endpoint(policy):
+        from rexrag.engine.endpoint import connect
+
+        served = connect(
+            policy,
+            options.model,
+            options.tokenizer,
+            concurrency=options.concurrency,
+            timeout=options.timeout,
+            retries=options.retries,
+        )
+        return PolicySource(
+            f"{served.client.model} at {served.client.url}",
+            served.digest,
+            lambda: served,
+            served.client.close,
+        )
+    if options.model or options.tokenizer:
+        raise ConfigError("--model and --tokenizer belong to an endpoint: --policy http://127.0.0.1:8000/v1")
+    from rexrag.engine.local.loading import load_policy, resolve
+
+    source = resolve(config.path)
+    identity = digest(config.dtype, *_identity(source))
+    return PolicySource(config.path, identity, lambda: load_policy(config))
+
+
+def _identity(source: str) -> list[str]:
+    """Digests of the files of a folder; the commit of an id."""
+    folder = Path(source)
+    if folder.is_dir():
+        files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
+        return [f"{file.name} {sha256_file(file)}" for file in files]
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"policy '{source}': no such model: {reason[:200]}") from None
+    return [source, str(getattr(found, "_commit_hash", None))]
+
+
+def _weights(policy: str) -> str:
+    """A run folder stands for its newest whole checkpoint."""
+    folder = Path(policy)
+    if (folder / "checkpoints").is_dir():
+        return str(last_checkpoint(folder)[0])
+    return policy
+
+
+def _run_config(policy: str) -> Path | None:
+    folder = Path(policy)
+    places = [folder, folder.parent.parent] if folder.parent.name == "checkpoints" else [folder]
+    return next((place / "config.toml" for place in places if (place / "config.toml").is_file()), None)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text + "'" if "'" not in text else text

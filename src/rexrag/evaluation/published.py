@@ -1,0 +1,96 @@
+"""The numbers that the paper publishes, and whether an evaluation may stand beside them (METHOD §5, §6).
+
+Exact match in percent, of REX-RAG (arXiv 2508.08149) and of Search-R1 trained with GRPO (arXiv 2503.09516, as
+quoted by the former), on Qwen2.5. Which model was evaluated is the reader's to judge; here the set-up is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from rexrag.config import AgentConfig, Config
+from rexrag.data.benchmarks import BENCHMARKS, QuestionSet
+from rexrag.errors import ConfigError
+from rexrag.retrieval.base import Retriever
+
+_ROWS: tuple[tuple[str, tuple[float, ...], float], ...] = (
+    ("REX-RAG 3B", (43.9, 60.4, 44.2, 37.4, 39.7, 14.5, 31.2), 38.7),
+    ("S-R1 3B base", (42.1, 58.3, 41.3, 29.7, 27.4, 6.6, 12.8), 31.2),
+    ("S-R1 3B inst.", (39.7, 56.6, 39.1, 33.1, 31.0, 12.4, 23.2), 33.6),
+    ("REX-RAG 7B", (45.5, 62.6, 44.3, 42.2, 43.7, 19.7, 44.8), 43.2),
+    ("S-R1 7B base", (39.5, 56.0, 38.8, 32.6, 29.7, 12.5, 36.0), 35.0),
+    ("S-R1 7B inst.", (42.9, 62.3, 42.7, 38.6, 34.6, 16.2, 40.0), 39.6),
+)
+PUBLISHED: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        name: MappingProxyType({**dict(zip(BENCHMARKS, values, strict=True)), "macro": average})
+        for name, values, average in _ROWS
+    }
+)
+"""EM in percent by set; `macro` is the published average."""
+
+CORPUS_SIZE = 21_015_324
+"""Passages of the Wikipedia 2018 dump that the field searches (DPR, arXiv 2004.04906)."""
+VOUCHED = "wiki18-e5"
+"""What a user may vouch for: the service at an address is Wikipedia 2018 with E5-base-v2, exact search."""
+BUDGET: Mapping[str, int] = MappingProxyType(
+    {"search_turns": 5, "turn_tokens": 500, "evidence_tokens": 500, "total_tokens": 4096}
+)
+TOPK = 3
+
+
+def check_vouched(name: str) -> None:
+    """Raises ConfigError for anything but nothing and VOUCHED."""
+    if name not in ("", VOUCHED):
+        raise ConfigError(f"--vouch {name}: the only known set-up is {VOUCHED}")
+
+
+def obstacles(config: Config, retriever: Retriever, vouched: str = "") -> list[str]:
+    """Why no number of this set-up is comparable, each in a few words; empty where none is in the way."""
+    return [
+        *_search_obstacles(config, retriever, vouched),
+        *_budget_obstacles(config.agent, config.retriever.topk),
+    ]
+
+
+def cell_obstacles(chosen: QuestionSet, strategy: str, votes: int, temperature: float) -> list[str]:
+    """Why one set's number is not comparable, beyond the set-up."""
+    known = BENCHMARKS.get(chosen.name)
+    found = []
+    if known is None:
+        found.append("the paper does not evaluate on this set")
+    elif chosen.split not in (known.split, "test"):
+        found.append(f"split {chosen.split}, published on {known.split}")
+    elif len(chosen.questions) != known.size:
+        found.append(f"{len(chosen.questions):,} of {known.size:,} questions")
+    if strategy != "agent" or votes > 1:
+        found.append("published for the agent alone, one answer a question")
+    if temperature != 0.0:
+        found.append(f"temperature {temperature:g}, published greedy")
+    return found
+
+
+def _search_obstacles(config: Config, retriever: Retriever, vouched: str) -> list[str]:
+    if vouched == VOUCHED:
+        return []
+    if config.retriever.kind == "remote":
+        return [f"what is behind {config.retriever.url} cannot be seen from here (see --vouch {VOUCHED})"]
+    documents = len(getattr(retriever, "documents", ()))
+    found = []
+    if documents != CORPUS_SIZE:
+        shown = f"{documents:,}" if documents else "an unknown number of"
+        found.append(f"corpus of {shown} passages, not Wikipedia 2018 ({CORPUS_SIZE:,})")
+    if "e5-base-v2" not in str(getattr(config.retriever, "encoder", "")).lower():
+        found.append(f"retriever {config.retriever.kind}, not E5-base-v2")
+    return found
+
+
+def _budget_obstacles(agent: AgentConfig, topk: int) -> list[str]:
+    wrong = [
+        f"{name} {getattr(agent, name)} instead of {value}"
+        for name, value in BUDGET.items()
+        if getattr(agent, name) != value
+    ]
+    wrong += [f"top-k {topk} instead of {TOPK}"] if topk != TOPK else []
+    return [f"budget: {', '.join(wrong)}"] if wrong else []

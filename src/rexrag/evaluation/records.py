@@ -1,0 +1,120 @@
+"""A cell's rows on disk: one JSON object a question, appended in batches, picked up again after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rexrag.agent.reward import evidence_answers, has_answer
+from rexrag.data.benchmarks import QuestionSet
+from rexrag.errors import DataError
+from rexrag.evaluate import Scored, figures, mean, scored
+from rexrag.evaluation.attempts import Attempt
+from rexrag.evaluation.audit import Audit
+from rexrag.evaluation.strategies import CLOSED_BOOK
+from rexrag.intervals import interval, sampled_error
+from rexrag.io import json_line
+from rexrag.types import Question
+
+Records = dict[str, dict[str, Any]]
+"""The newest row of each question, by group."""
+FILE = "records.jsonl"
+
+
+def record(attempt: Attempt, strategy: str) -> dict[str, Any]:
+    """One row: what was asked, said and found, its scores, and what it took. A failed row has no scores."""
+    question = attempt.question
+    judged = strategy not in CLOSED_BOOK and bool(evidence_answers(question.answers))
+    row: dict[str, Any] = {
+        "group": question.group,
+        "question": question.text,
+        "answers": list(question.answers),
+        "failure": attempt.failure,
+        "answer": attempt.answer,
+    }
+    if not attempt.failure:
+        found = _scored(
+            question, row | {name: getattr(attempt, name) for name in ("searches", "tokens", "invalid")}
+        )
+        row |= {"em": found.em, "f1": found.f1, "sub_em": found.sub_em}
+    row |= {
+        "in_evidence": any(has_answer(d.contents, question.answers) for d in attempt.documents)
+        if judged
+        else None,
+        "searches": attempt.searches,
+        "tokens": attempt.tokens,
+        "read": attempt.read,
+        "invalid": attempt.invalid,
+        "seconds": round(attempt.seconds, 4),
+        "stop": attempt.stop,
+        "documents": [document.id for document in attempt.documents],
+        "trace": attempt.trace,
+    }
+    return row | ({} if attempt.votes is None else {"votes": attempt.votes})
+
+
+def append_records(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows; they are on the disk when this returns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / FILE).open("ab") as file:
+        file.write(b"".join(json_line(row) for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(folder: Path) -> Records:
+    """The newest row of each question. A last line that a kill cut in half is removed from the file.
+
+    Raises DataError where another line is no row.
+    """
+    file = folder / FILE
+    if not file.exists():
+        return {}
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(file, len(whole))
+    rows: Records = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows[row["group"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"no record of an evaluation: {error}", file=file, row=number) from None
+    return rows
+
+
+def cell_figures(chosen: QuestionSet, rows: Records, audit: Audit | None) -> dict[str, Any]:
+    """Figures of one cell over the rows that did not fail. Fractions; intervals are 95 % bootstrap ones.
+
+    `se` is the standard error of EM as an estimate for the whole set (0 where all of it was asked).
+    """
+    asked = [(q, rows[q.group]) for q in chosen.questions if q.group in rows]
+    answered = [(q, row) for q, row in asked if not row["failure"]]
+    table = [_scored(question, row) for question, row in answered]
+    found = figures(table)
+    del found["em_by_question"]
+    strata = [
+        ([s.em for s in table if chosen.stratum(s.question) == name], size)
+        for name, size in chosen.strata.items()
+    ]
+    seconds = [row["seconds"] for _, row in answered]
+    recall = [float(row["in_evidence"]) for _, row in answered if row["in_evidence"] is not None]
+    return found | {
+        "se": sampled_error(strata),
+        "in_evidence": interval(recall) if recall else None,
+        "read": mean([row["read"] for _, row in answered]),
+        "seconds": {f"p{p}": float(np.percentile(seconds, p)) if seconds else 0.0 for p in (50, 95)},
+        "failed": len(asked) - len(answered),
+        "asked": len(asked),
+        "corpus": None if audit is None else audit.figures(),
+    }
+
+
+def _scored(question: Question, row: Mapping[str, Any]) -> Scored:
+    return scored(question, row["answer"], row["searches"], row["tokens"], row["invalid"])
