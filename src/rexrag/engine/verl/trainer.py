@@ -272,7 +272,7 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
     def _val_metrics_update(
         self, data_sources: Any, sample_uids: Any, infos: dict[str, list[Any]], *rest: Any, **more: Any
     ) -> Any:
-        names = ("em", "f1", "searches", "unanswered", "tokens", "hops", "place")
+        names = [name for name in infos if name not in ("reward", "acc")]  # verl's own; the rest is ours
         scores = [dict(zip(names, row, strict=True)) for row in zip(*(infos[n] for n in names), strict=True)]
         scores.sort(key=lambda score: score["place"])
         if len(scores) != len(self.val_dataset):
