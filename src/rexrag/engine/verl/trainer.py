@@ -272,7 +272,7 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
     def _val_metrics_update(
         self, data_sources: Any, sample_uids: Any, infos: dict[str, list[Any]], *rest: Any, **more: Any
     ) -> Any:
-        names = ("em", "f1", "searches", "unanswered", "tokens", "hops", "place")
+        names = [name for name in infos if name not in ("reward", "acc")]  # verl's own; the rest is ours
         scores = [dict(zip(names, row, strict=True)) for row in zip(*(infos[n] for n in names), strict=True)]
         scores.sort(key=lambda score: score["place"])
         if len(scores) != len(self.val_dataset):
@@ -302,7 +302,15 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: not readable: {error}") from None
         self.progress = Progress(**{f.name: state[f.name] for f in fields(Progress)})
-        truncate_logs(self.folder, state["logs"])
+        # verl evaluates a step after it has saved it: that evaluation belongs to the checkpoint.
+        kept = evaluations_until(self.folder / "eval.jsonl", self.global_steps)
+        truncate_logs(self.folder, state["logs"] | {"eval.jsonl": kept})
+
+
+def evaluations_until(file: Path, step: int) -> int:
+    """Bytes of the evaluations up to a step, which stand first in their log."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return sum(len(line) for line in lines if json.loads(line)["step"] <= step)
 
 
 def collected(drawn: Drawn, corrected: Corrected) -> Collected:
