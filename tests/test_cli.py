@@ -154,7 +154,7 @@ def test_an_evaluation_of_a_run_uses_its_own_settings_and_gives_its_own_number(r
         *(w for s in [*small, "method.allow_large_alpha=true"] for w in ("--set", s)),
     )
     assert code == 0, err
-    trained = json.loads(out)["quickstart"]["em_after"]
+    trained = json.loads(out)["rex-rag-rescue"]["em_after"]
     code, out, err = run("eval", "--policy", "r", "--strategy", "agent,direct", "--json")
     torch.set_num_threads(threads)
     assert code == 0, err
@@ -288,7 +288,7 @@ def test_a_user_s_own_files_train_through_the_same_code(run, tmp_path):
     torch.set_num_threads(threads)
     assert code == 0, err
     summary = json.loads(out)
-    assert summary["quickstart"]["em_before"]["n"] == 4
+    assert summary["rex-rag-rescue"]["em_before"]["n"] == 4
     assert (tmp_path / "run" / "report.html").stat().st_size > 1e6
     code, out, _ = run("ask", "Who is married to Anna?", "--policy", tmp_path / "run/checkpoints/step-1")
     assert code == 0 and "answer:" in out

@@ -16,6 +16,8 @@ from rexrag.errors import ConfigError
 
 FOLDER = Path(str(files("rexrag"))) / "configs"
 QUICKSTART = "quickstart"
+DEFAULT_ARM = "rex-rag-rescue"
+"""What `rexrag train` without a configuration or an arm runs; docs/experiments.md says why."""
 
 
 def resolve(config: str | Path | None, arm: str = "", overrides: Sequence[str] = ()) -> Config:

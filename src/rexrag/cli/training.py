@@ -60,7 +60,7 @@ def train(
             raise typer.BadParameter("--resume needs the run folder: --out DIR")
         settings = presets.resolve(out / "config.toml", arm, overrides)
     else:
-        settings = presets.resolve(config, arm, overrides)
+        settings = presets.resolve(config, arm or ("" if config else presets.DEFAULT_ARM), overrides)
     if dry_run:
         from rexrag.cli.show import dry_run_tables
         from rexrag.engine.verl.dry_run import dry_run as look
