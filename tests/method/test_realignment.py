@@ -208,6 +208,18 @@ NAN[1] = float("nan")
         (lambda: density(cut=-1), CutError, "cut = -1"),
         (lambda: density(cut=7), CutError, "cut = 7"),
         (lambda: density(cut=3), CutError, r"cut = 3: origin\[3\] is 0, expected Origin.CUE"),
+        (
+            lambda: density(policy_logp=LOGP[:5], origin=torch.tensor([P, C, C, C, P]), cut=1),
+            ShapeError,
+            r"cue_length\[0\] = 2, but row 0 of origin has 3 CUE tokens",
+        ),
+        (
+            lambda: probe_log_densities(
+                LOGP[None], ORIGIN[None], torch.tensor([4]), torch.zeros(1, 1), torch.tensor([2]), 0.5
+            ),
+            ShapeError,
+            "cue_logp has 1 columns, cue_length goes to 2",
+        ),
         (lambda: density(failure_rate=0.0), FailureRateError, "failure_rate = 0.0, expected 0 < z <= 1"),
         (lambda: density(failure_rate=-0.5), FailureRateError, "failure_rate = -0.5"),
         (lambda: density(failure_rate=float("nan")), FailureRateError, "failure_rate = NaN"),

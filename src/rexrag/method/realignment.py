@@ -307,4 +307,11 @@ def _check_probes(
         raise CutError(
             f"cut = {int(cut[row])}: origin[{token}] is {int(origin[row, token])}, expected Origin.CUE there"
         )
+    spans = (origin == int(Origin.CUE)).sum(dim=1)
+    for row in (spans != cue_length).nonzero()[:, 0].tolist():
+        raise ShapeError(
+            f"cue_length[{row}] = {int(cue_length[row])}, but row {row} of origin has {int(spans[row])} CUE tokens"
+        )
+    if rows and int(cue_length.max()) > cue_logp.shape[1]:
+        raise ShapeError(f"cue_logp has {cue_logp.shape[1]} columns, cue_length goes to {int(cue_length.max())}")
     return rows, length
