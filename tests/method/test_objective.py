@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rexrag.errors import MethodError, ShapeError
+from rexrag.errors import MethodError, NonFiniteError, ShapeError
 from rexrag.method import clipped_surrogate, k3_kl
 from rexrag.method.objective import aggregate, aggregation_normalizer, ratio_by_label
 
@@ -198,7 +198,9 @@ def test_nothing_trained_is_a_zero_loss():
         ({"advantages": torch.zeros(3)}, ShapeError, r"advantages has shape \(3,\), expected \(2,\)"),
         ({"mask": torch.ones(2, 3)}, MethodError, "mask has dtype"),
         ({"clip_low": 1.5}, MethodError, "clip_low = 1.5"),
-        ({"advantages": torch.tensor([0.0, float("nan")])}, MethodError, "advantages"),
+        ({"advantages": torch.tensor([0.0, float("nan")])}, NonFiniteError, r"advantages\[1\] = nan"),
+        ({"aggregation": "token_mean"}, MethodError, "aggregation = 'token_mean', expected one of token-mean"),
+        ({"aggregation": "mean", "normalizer": 3.0}, MethodError, "aggregation = 'mean'"),
         ({"weight": torch.ones(2)}, ShapeError, "weight has shape"),
         ({"logp": torch.zeros(3)}, ShapeError, r"logp has shape \(3,\), expected \[B, T\]"),
     ],
@@ -212,3 +214,8 @@ def test_bad_input_is_named(change, error, says):
     }
     with pytest.raises(error, match=says):
         clipped_surrogate(**{**good, **change})
+
+
+def test_the_normalizer_of_an_unknown_aggregation_is_refused():
+    with pytest.raises(MethodError, match="aggregation = 'sum'"):
+        aggregation_normalizer(torch.ones(1, 1, dtype=torch.bool), "sum")

@@ -7,13 +7,13 @@ Every stream is aligned with response tokens. `normalizer` makes micro-batches a
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rexrag.errors import MethodError, ShapeError
-from rexrag.method.checks import require_shape
+from rexrag.method.checks import require_finite, require_shape
 
 Aggregation = Literal["token-mean", "sequence-mean", "sequence-sum"]
 
@@ -44,7 +44,7 @@ def clipped_surrogate(
     A token whose log-probs are not finite is dropped and counted in `nonfinite_tokens`.
 
     Returns a scalar and floats: ratio_mean, clip_share, nonfinite_tokens, tokens.
-    Raises ShapeError, MethodError.
+    Raises ShapeError, NonFiniteError (advantages), MethodError.
     """
     _check(logp, behaviour_logp, advantages, mask, clip_low, clip_high)
     finite = torch.isfinite(logp.detach()) & torch.isfinite(behaviour_logp)
@@ -86,7 +86,11 @@ def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def aggregation_normalizer(mask: Tensor, aggregation: Aggregation = "token-mean") -> float:
-    """What `aggregate` divides by: trained tokens, or rows that have any. Additive over rows."""
+    """What `aggregate` divides by: trained tokens, or rows that have any. Additive over rows.
+
+    Raises MethodError for an unknown aggregation.
+    """
+    _require_known(aggregation)
     if aggregation == "token-mean":
         return float(mask.sum())
     return float(mask.any(dim=-1).sum())
@@ -99,7 +103,9 @@ def aggregate(
 
     token-mean: mean over all trained tokens. sequence-mean: mean over rows of their token mean.
     sequence-sum: mean over rows of their token sum (a length-independent constant, as Dr. GRPO asks).
+    Raises ShapeError, MethodError for an unknown aggregation.
     """
+    _require_known(aggregation)
     require_shape("mask", mask, values.shape)
     masked = torch.where(mask, values, 0.0)
     rows = masked.sum(dim=-1)
@@ -142,5 +148,9 @@ def _check(
         raise MethodError(f"mask has dtype {mask.dtype}, expected torch.bool")
     if not (0.0 <= low <= 1.0) or not high >= 0.0:
         raise MethodError(f"clip_low = {low}, clip_high = {high}: expected 0 <= low <= 1, high >= 0")
-    if not bool(torch.isfinite(advantages).all()):
-        raise MethodError("advantages hold a value that is not finite")
+    require_finite("advantages", advantages)
+
+
+def _require_known(aggregation: str) -> None:
+    if aggregation not in get_args(Aggregation):
+        raise MethodError(f"aggregation = {aggregation!r}, expected one of {', '.join(get_args(Aggregation))}")
