@@ -40,7 +40,7 @@ def test_coarse_density_differs_only_in_the_cue():
     cue = TRIE.log_prob([5, 7])
     fine = probe_log_density(LOGP, ORIGIN, 4, cue, 0.25)
     coarse = probe_log_density(LOGP, ORIGIN, 4, cue, 0.25, kind="coarse", pool_size=3)
-    assert coarse[4:6].tolist() == pytest.approx([-math.log(3), 0.0])
+    assert coarse[4:6].tolist() == [-math.log(3), 0.0]
     assert torch.equal(coarse[:4], fine[:4]) and torch.equal(coarse[6:], fine[6:])
 
 

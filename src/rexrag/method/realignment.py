@@ -273,7 +273,7 @@ def _cue_density(offset: Tensor, cue_logp: Tensor, kind: CueDensity, pool_size: 
     if kind == "coarse":
         if pool_size is None or pool_size < 1:
             raise MethodError(f"pool_size = {pool_size}, kind 'coarse' expects the number of cues")
-        return torch.where(offset == 0, -math.log(pool_size), 0.0)
+        return torch.zeros_like(offset, dtype=cue_logp.dtype).masked_fill(offset == 0, -math.log(pool_size))
     if kind != "fine":
         raise MethodError(f"kind = {kind!r}, expected 'fine' or 'coarse'")
     if cue_logp.shape[1] == 0:
