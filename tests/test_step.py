@@ -152,6 +152,19 @@ def test_figures_add_up():
     assert figures["tokens/policy"] == step.generated_tokens
 
 
+def test_signal_is_counted_in_rewards_not_in_exact_matches():
+    """Nobody is right, but half of the answers share a word with the gold one: F1 trains on that."""
+
+    def near(question, turn, attempt):
+        return f"<answer>{'Oslo fjord' if attempt % 2 else 'Rome'}</answer>"
+
+    asked = QUESTIONS[1:]
+    exact, _ = run("method.probe=false", questions=asked, said=near)
+    f1, _ = run("method.probe=false", "agent.reward=f1", questions=asked, said=near)
+    assert describe(exact)["groups/no_signal"] == 1.0 and describe(f1)["groups/no_signal"] == 0.0
+    assert bool(f1.advantages.any())
+
+
 def test_traces_show_probes_beside_their_parents_first():
     step, _ = run()
     rows = trace_rows(step, 3, CODEC, limit=4)

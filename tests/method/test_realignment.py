@@ -109,6 +109,11 @@ def test_alpha_zero_is_the_policy_bit_for_bit():
     assert torch.equal(mixture_log_density(policy, torch.full((50,), -math.inf), 0.0), policy)
 
 
+def test_a_float32_mixture_survives_an_alpha_near_one():
+    base = mixture_log_density(torch.tensor([-1.0]), torch.tensor([-math.inf]), 1 - 1e-9)
+    assert float(base) == pytest.approx(-1 + math.log(1e-9), rel=1e-6)
+
+
 def test_mixture_equals_the_plain_formula_and_has_its_gradient():
     policy = -torch.rand(20, dtype=torch.float64)
     probe = -torch.rand(20, dtype=torch.float64)

@@ -110,8 +110,10 @@ def mixture_log_density(policy_logp: Tensor, probe_logp: Tensor, alpha: float | 
     require_alpha(alpha)
     require_finite("policy_logp", policy_logp)
     require_finite("probe_logp", probe_logp, allow_minus_infinity=True)
-    share = torch.as_tensor(alpha, dtype=policy_logp.dtype, device=policy_logp.device)
-    return torch.logaddexp(torch.log1p(-share) + policy_logp, torch.log(share) + probe_logp)
+    # float32 rounds a share near 1 to 1, whose log(1−α) is −inf.
+    share = torch.as_tensor(alpha, dtype=torch.float64, device=policy_logp.device)
+    ours, probes = (log.to(policy_logp.dtype) for log in (torch.log1p(-share), torch.log(share)))
+    return torch.logaddexp(ours + policy_logp, probes + probe_logp)
 
 
 def mixture_densities(
