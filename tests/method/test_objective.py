@@ -199,7 +199,11 @@ def test_nothing_trained_is_a_zero_loss():
         ({"mask": torch.ones(2, 3)}, MethodError, "mask has dtype"),
         ({"clip_low": 1.5}, MethodError, "clip_low = 1.5"),
         ({"advantages": torch.tensor([0.0, float("nan")])}, NonFiniteError, r"advantages\[1\] = nan"),
-        ({"aggregation": "token_mean"}, MethodError, "aggregation = 'token_mean', expected one of token-mean"),
+        (
+            {"aggregation": "token_mean"},
+            MethodError,
+            "aggregation = 'token_mean', expected one of token-mean",
+        ),
         ({"aggregation": "mean", "normalizer": 3.0}, MethodError, "aggregation = 'mean'"),
         ({"weight": torch.ones(2)}, ShapeError, "weight has shape"),
         ({"logp": torch.zeros(3)}, ShapeError, r"logp has shape \(3,\), expected \[B, T\]"),

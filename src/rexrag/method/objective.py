@@ -153,4 +153,6 @@ def _check(
 
 def _require_known(aggregation: str) -> None:
     if aggregation not in get_args(Aggregation):
-        raise MethodError(f"aggregation = {aggregation!r}, expected one of {', '.join(get_args(Aggregation))}")
+        raise MethodError(
+            f"aggregation = {aggregation!r}, expected one of {', '.join(get_args(Aggregation))}"
+        )

@@ -315,5 +315,7 @@ def _check_probes(
             f"cue_length[{row}] = {int(cue_length[row])}, but row {row} of origin has {int(spans[row])} CUE tokens"
         )
     if rows and int(cue_length.max()) > cue_logp.shape[1]:
-        raise ShapeError(f"cue_logp has {cue_logp.shape[1]} columns, cue_length goes to {int(cue_length.max())}")
+        raise ShapeError(
+            f"cue_logp has {cue_logp.shape[1]} columns, cue_length goes to {int(cue_length.max())}"
+        )
     return rows, length
