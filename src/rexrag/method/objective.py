@@ -41,7 +41,8 @@ def clipped_surrogate(
     weight: float [B, T], multiplies a token's surrogate; no gradient flows into it.
     truncated: bool [B, T]; such a token is trained with min(truncation_cap, ratio)·log π, the ratio held
     constant (truncated importance sampling) instead of the clipped ratio.
-    A token whose log-probs are not finite is dropped and counted in `nonfinite_tokens`.
+    A token whose log-probs are not finite is dropped and counted in `nonfinite_tokens`. It adds nothing, but
+    the mean is still over all of `mask`, so that micro-batches add up whatever they drop.
 
     Returns a scalar and floats: ratio_mean, clip_share, nonfinite_tokens, tokens.
     Raises ShapeError, NonFiniteError (advantages), MethodError.
@@ -65,7 +66,7 @@ def clipped_surrogate(
     if weight is not None:
         require_shape("weight", weight, logp.shape)
         surrogate = surrogate * weight.detach().to(logp.dtype)
-    loss = -aggregate(surrogate, use, aggregation, normalizer)
+    loss = -aggregate(torch.where(use, surrogate, 0.0), mask, aggregation, normalizer)
     tokens = int(use.sum())
     return loss, {
         "ratio_mean": float(ratio.detach()[use].mean()) if tokens else math.nan,
@@ -83,6 +84,23 @@ def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     require_shape("ref_logp", ref_logp, logp.shape)
     difference = (ref_logp - logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return torch.expm1(difference) - difference
+
+
+def kl_penalty(
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    aggregation: Aggregation = "token-mean",
+    normalizer: float | None = None,
+) -> tuple[Tensor, int]:
+    """`k3_kl` of the trained tokens [B, T] as a scalar, and how many were dropped as not finite.
+
+    A dropped token adds nothing and counts in the mean, as in `clipped_surrogate`. Raises as `aggregate`.
+    """
+    finite = torch.isfinite(logp.detach()) & torch.isfinite(ref_logp)
+    use = mask & finite
+    values = k3_kl(torch.where(use, logp, 0.0), torch.where(use, ref_logp, 0.0))
+    return aggregate(values, mask, aggregation, normalizer), int((mask & ~finite).sum())
 
 
 def aggregation_normalizer(mask: Tensor, aggregation: Aggregation = "token-mean") -> float:
