@@ -234,3 +234,18 @@ def test_probes_of_later_draws_belong_to_their_own_questions():
     assert [p.parent for p in step.probes] == [4, 5, 6, 7] and step.groups[8:] == [1] * 4
     assert all(p.question.id == step.base[p.parent].question.id == "hard" for p in step.probes)
     assert {sample.group for sample in step.samples} == {1}
+
+
+def test_dynamic_sampling_does_not_count_probes_that_the_filter_drops():
+    easy, hard = QUESTIONS
+    asked = []
+
+    def more():
+        asked.append(hard)
+        return [hard]
+
+    change = ("method.dynamic_sampling=3", "method.filter=cue-logp", "method.keep_floor=0.0")
+    run(*change, "method.keep_ratio=0.0", questions=[hard], more=more)
+    assert len(asked) == 3
+    step, _ = run(*change, "method.keep_ratio=1.0", questions=[hard], more=more)
+    assert len(asked) == 3 and len(step.samples) == 2 * ROLLOUTS

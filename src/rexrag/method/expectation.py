@@ -3,8 +3,8 @@
 One question, N base rollouts, each dead end probed with probability p. A base rollout is one of four kinds:
 a probed dead end, an unprobed one, another failure, right. Given how many of each a batch holds, its
 rollouts are independent, so a sum over the few possible counts gives the expectation of anything: the
-realised alpha, the realised failure rate, the filter's order statistics, the group baseline. A probe depends on
-its parent, whose o′ it shares: a probed dead end is taken together with its own probe's reward. METHOD §4.4.
+realised alpha, the realised failure rate, the filter's order statistics, the group baseline. A probe shares
+its parent's o′: a probed dead end is taken together with its own probe's reward. METHOD §4.4.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ class _Setting:
         return probes.share * (best / mass)[index]
 
     def _score_levels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(level of each outcome's score, lowest first; chance of one draw in, up to and below each level)."""
+        """(Level of each outcome's score, lowest first; chance of a draw in, up to and below each level)."""
         probes = self.world.probes
         score = cue_scores(probes.logp, probes.origin).round(decimals=12)
         level, index = torch.unique(score, return_inverse=True)
