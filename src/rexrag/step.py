@@ -314,8 +314,10 @@ def _match(
         for row, logp in zip(rows, logps, strict=True)
     ]
     zeros = [0] * len(rows)
-    unmatched, learned = (pad(r, zeros, [False] * len(rows)).policy_logp for r in (rows, matched))
-    return matched, mismatch_weights(learned, unmatched, method.mismatch_cap)
+    sampled, learned = (pad(r, zeros, [False] * len(rows)) for r in (rows, matched))
+    weight = mismatch_weights(learned.policy_logp, sampled.policy_logp, method.mismatch_cap)
+    # The sampler never drew the cue.
+    return matched, torch.where(sampled.origin == int(Origin.CUE), 1.0, weight)
 
 
 class _Clock:

@@ -312,7 +312,8 @@ def _check_probes(
     spans = (origin == int(Origin.CUE)).sum(dim=1)
     for row in (spans != cue_length).nonzero()[:, 0].tolist():
         raise ShapeError(
-            f"cue_length[{row}] = {int(cue_length[row])}, but row {row} of origin has {int(spans[row])} CUE tokens"
+            f"cue_length[{row}] = {int(cue_length[row])}, but row {row} of origin has "
+            f"{int(spans[row])} CUE tokens"
         )
     if rows and int(cue_length.max()) > cue_logp.shape[1]:
         raise ShapeError(
