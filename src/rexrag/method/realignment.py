@@ -89,7 +89,7 @@ def probe_log_densities(
     is_prefix = (position < start) & (origin == int(Origin.POLICY))
     is_cue = (position >= start) & (position < start + cue_length[:, None])
     log_z = torch.as_tensor(failure_rate, dtype=torch.float64, device=policy_logp.device).log()
-    # With an empty o′ there is no token to carry z; the density is then z times too small.
+    # With an empty o′ there is no token to carry z; the density is then 1/z times too small.
     per_token = log_z.expand(rows) / is_prefix.sum(dim=1).clamp(min=1)
     density = policy_logp - (is_prefix * per_token[:, None]).to(policy_logp.dtype)
     return torch.where(
