@@ -84,9 +84,11 @@ class ScriptedSession:
         self.policy = policy
         self.generated_tokens = self.prefilled_tokens = 0
         self.closed = False
+        self.seeds: list[int] = []
 
     def run(self, episodes: Sequence[Episode], retriever: Retriever, temperature: float, seed: int) -> None:
         assert not self.closed, "the session was closed"
+        self.seeds.append(seed)
         for episode in episodes:
             attempt = self.policy.attempts[episode.question.group]
             self.policy.attempts[episode.question.group] += 1

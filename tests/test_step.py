@@ -1,5 +1,7 @@
 """The step with a scripted policy: who is probed, what is kept, what is trained."""
 
+import math
+
 import pytest
 import torch
 
@@ -28,7 +30,14 @@ def script(question, turn, attempt):
     return "</think><search>hard</search>" if turn == 0 else "<think>so</think><answer>Oslo</answer>"
 
 
-def run(*overrides, questions=QUESTIONS, seed=5, said=script, more=None):
+class Learner(ScriptedPolicy):
+    """Half a nat below the sampler on every token."""
+
+    def score(self, rows, temperature):
+        return [logp - 0.5 for logp in super().score(rows, temperature)]
+
+
+def run(*overrides, questions=QUESTIONS, seed=5, said=script, more=None, learner=None):
     defaults = [
         f"method.rollouts={ROLLOUTS}",
         "method.probe_probability=1.0",
@@ -41,7 +50,7 @@ def run(*overrides, questions=QUESTIONS, seed=5, said=script, more=None):
     retriever = FakeRetriever({"hard": [document("Oslo", "the answer")]})
     trie = None if config.method.cues == "none" else TRIE
     ratio = config.method.keep_ratio
-    return collect(questions, policy, retriever, trie, config, ratio, seed, more=more), policy
+    return collect(questions, policy, retriever, trie, config, ratio, seed, learner, more), policy
 
 
 def test_dead_ends_are_probed_and_right_answers_are_not():
@@ -152,6 +161,19 @@ def test_figures_add_up():
     assert figures["tokens/policy"] == step.generated_tokens
 
 
+def test_signal_is_counted_in_rewards_not_in_exact_matches():
+    """Nobody is right, but half of the answers share a word with the gold one: F1 trains on that."""
+
+    def near(question, turn, attempt):
+        return f"<answer>{'Oslo fjord' if attempt % 2 else 'Rome'}</answer>"
+
+    asked = QUESTIONS[1:]
+    exact, _ = run("method.probe=false", questions=asked, said=near)
+    f1, _ = run("method.probe=false", "agent.reward=f1", questions=asked, said=near)
+    assert describe(exact)["groups/no_signal"] == 1.0 and describe(f1)["groups/no_signal"] == 0.0
+    assert bool(f1.advantages.any())
+
+
 def test_traces_show_probes_beside_their_parents_first():
     step, _ = run()
     rows = trace_rows(step, 3, CODEC, limit=4)
@@ -221,3 +243,59 @@ def test_probes_of_later_draws_belong_to_their_own_questions():
     assert [p.parent for p in step.probes] == [4, 5, 6, 7] and step.groups[8:] == [1] * 4
     assert all(p.question.id == step.base[p.parent].question.id == "hard" for p in step.probes)
     assert {sample.group for sample in step.samples} == {1}
+
+
+def test_dynamic_sampling_does_not_count_probes_that_the_filter_drops():
+    hard = QUESTIONS[1]
+    asked = []
+
+    def more():
+        asked.append(hard)
+        return [hard]
+
+    change = ("method.dynamic_sampling=3", "method.filter=cue-logp", "method.keep_floor=0.0")
+    run(*change, "method.keep_ratio=0.0", questions=[hard], more=more)
+    assert len(asked) == 3
+    step, _ = run(*change, "method.keep_ratio=1.0", questions=[hard], more=more)
+    assert len(asked) == 3 and len(step.samples) == 2 * ROLLOUTS
+
+
+def test_the_learner_s_numerics_replace_the_sampler_s_and_weigh_what_it_drew():
+    learner = Learner(script)
+    step, _ = run("method.mismatch_cap=2.0", "method.realignment=none", learner=learner)
+    origin = torch.tensor([row.origins[: step.rows[8].cut + 1] for row in step.rows[8:]])
+    n = origin.shape[1]
+    assert int(origin[0, -1]) == Origin.CUE
+    assert step.streams.behaviour_logp[8, :n].unique().tolist() == [-1.5]
+    assert step.streams.weight[8, : n - 1].tolist() == pytest.approx([math.exp(-0.5)] * (n - 1))
+    assert float(step.streams.weight[8, n - 1]) == 1.0
+
+
+def test_the_tail_of_an_internalized_row_is_held_against_its_own_density():
+    class Doubtful(ScriptedPolicy):
+        def score(self, rows, temperature):
+            return [logp - 3.0 for logp in super().score(rows, temperature)]
+
+    config = parse_config(
+        {},
+        [
+            f"method.rollouts={ROLLOUTS}",
+            "method.probe_probability=1.0",
+            "method.filter=none",
+            "method.allow_large_alpha=true",
+            "agent.template=terse",
+            "method.realignment=internalize",
+        ],
+    )
+    step = collect(
+        QUESTIONS, Doubtful(script), FakeRetriever({"hard": [document("Oslo")]}), TRIE, config, 1.0, 5
+    )
+    row = step.rows[8]
+    own = [v for v, o in zip(row.policy_logp, row.origins, strict=True) if o == Origin.POLICY]
+    assert set(row.policy_logp[: row.cut]) == {-1.0} and own[-1] == -4.0
+
+
+def test_probes_are_drawn_from_a_seed_of_their_own():
+    _, policy = run()
+    (session,) = policy.sessions
+    assert session.seeds == [5, 6]

@@ -17,7 +17,8 @@ def describe(step: Collected) -> dict[str, float]:
     """Flat figures by name; rates are fractions in [0, 1], `tokens/…` are counts of this step."""
     base, probes = step.base, step.probes
     kept = [probe for probe, keep in zip(probes, step.kept.tolist(), strict=True) if keep]
-    solved_before, solved_after = _solved(base), _solved([*base, *kept])
+    solved_before, solved_after = _by_group(base, "em"), _by_group([*base, *kept], "em")
+    rewards = _by_group([*base, *kept], "reward")
     groups = max(1, len(solved_before))
     figures = {
         "em/train": _mean([r.em for r in base]),
@@ -27,7 +28,7 @@ def describe(step: Collected) -> dict[str, float]:
         "dead_ends/unanswered": _mean([float(r.answer is None) for r in base]),
         "groups/all_wrong_before": sum(not any(em) for em in solved_before.values()) / groups,
         "groups/all_wrong_after": sum(not any(em) for em in solved_after.values()) / groups,
-        "groups/no_signal": sum(len(set(em)) == 1 for em in solved_after.values()) / groups,
+        "groups/no_signal": sum(len(set(r)) == 1 for r in rewards.values()) / groups,
         "probes/drawn": float(len(probes)),
         "probes/right": sum(p.em for p in probes),
         "probes/kept": float(len(kept)),
@@ -65,10 +66,10 @@ def diagnose(step: Collected, learner: Learner, start: Policy, config: Config) -
     }
 
 
-def _solved(rollouts: list[Rollout]) -> dict[str, list[float]]:
+def _by_group(rollouts: list[Rollout], figure: str) -> dict[str, list[float]]:
     groups: dict[str, list[float]] = defaultdict(list)
     for rollout in rollouts:
-        groups[rollout.question.group].append(rollout.em)
+        groups[rollout.question.group].append(getattr(rollout, figure))
     return groups
 
 

@@ -84,7 +84,8 @@ def collect(
 
     trie: the cue pool, None to continue without a cue. seed: of this step; with the same weights the same
     step comes out. learner_policy: scores with the learner's own weights where `method.mismatch_cap` > 0.
-    more: the next questions, asked while too few groups have signal (`method.dynamic_sampling`).
+    more: the next questions, asked while too few groups have signal (`method.dynamic_sampling`). Groups that
+    are not trained on still count in alpha, z and ess: these describe the mixture that drew the batch.
     """
     method = config.method
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +95,7 @@ def collect(
         drawn = _Drawn(policy, session, retriever, trie, config, generator, clock)
         drawn.draw(questions, seed)
         for redraw in range(1, 1 + method.dynamic_sampling):
-            if more is None or drawn.with_signal() >= len(questions):
+            if more is None or drawn.with_signal(keep_ratio) >= len(questions):
                 break
             drawn.draw(more(), seed + 2 * redraw)
         generated, prefilled = session.generated_tokens, session.prefilled_tokens
@@ -143,9 +144,7 @@ def correct_rollouts(
     """
     method, clock = config.method, _Clock()
     # Keep the best ⌊ρ·N_base⌋.
-    scores = _scores(probes, method, generator)
-    keep = len(probes) if method.filter == "none" else keep_count(len(base), keep_ratio)
-    kept = keep_probes(scores, keep)
+    scores, kept = _filter(base, probes, method, keep_ratio, generator)
     chosen = kept_probes(probes, kept)
 
     # Rows, densities, weights and masks; then group-relative advantages.
@@ -209,12 +208,14 @@ class _Drawn:
         self.probes += [fork.rollout() for fork in forks]
         self.clock.lap("probe")
 
-    def with_signal(self) -> int:
-        """Groups whose rollouts, probes included, differ in reward."""
-        rewards = [rollout.reward for rollout in (*self.base, *self.probes)]
-        return len(
-            groups_with_signal(rewards, [*self.groups, *(self.groups[_parent(p)] for p in self.probes)])
-        )
+    def with_signal(self, keep_ratio: float) -> int:
+        """Groups whose rollouts, with the probes that the filter would keep, differ in reward."""
+        # A copy of the generator: looking must not change what the filter draws in the end.
+        generator = torch.Generator().set_state(self.generator.get_state())
+        _, kept = _filter(self.base, self.probes, self.config.method, keep_ratio, generator)
+        chosen = kept_probes(self.probes, kept)
+        rewards = [rollout.reward for rollout in (*self.base, *chosen)]
+        return len(groups_with_signal(rewards, [*self.groups, *(self.groups[_parent(p)] for p in chosen)]))
 
 
 def plan(
@@ -250,6 +251,19 @@ def fork_probe(episode: Episode, planned: ProbePlan, trie: CueTrie | None, first
 def _parent(probe: Rollout) -> int:
     assert probe.parent is not None
     return probe.parent
+
+
+def _filter(
+    base: Sequence[Rollout],
+    probes: Sequence[Rollout],
+    method: MethodConfig,
+    keep_ratio: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """The probes' scores, and which of them are kept."""
+    scores = _scores(probes, method, generator)
+    keep = len(probes) if method.filter == "none" else keep_count(len(base), keep_ratio)
+    return scores, keep_probes(scores, keep)
 
 
 def _scores(probes: Sequence[Rollout], method: MethodConfig, generator: torch.Generator) -> Tensor:
@@ -300,8 +314,10 @@ def _match(
         for row, logp in zip(rows, logps, strict=True)
     ]
     zeros = [0] * len(rows)
-    unmatched, learned = (pad(r, zeros, [False] * len(rows)).policy_logp for r in (rows, matched))
-    return matched, mismatch_weights(learned, unmatched, method.mismatch_cap)
+    sampled, learned = (pad(r, zeros, [False] * len(rows)) for r in (rows, matched))
+    weight = mismatch_weights(learned.policy_logp, sampled.policy_logp, method.mismatch_cap)
+    # The sampler never drew the cue.
+    return matched, torch.where(sampled.origin == int(Origin.CUE), 1.0, weight)
 
 
 class _Clock:

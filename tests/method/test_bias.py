@@ -195,3 +195,54 @@ def test_the_command_prints_every_estimator(capsys, monkeypatch):
     rows = json.loads(capsys.readouterr().out)
     assert set(rows) == set(bias.ESTIMATORS)
     assert rows["trajectory, all exact"]["bias"] < 1e-10
+
+
+def outcomes_of_parents(world, parents, g):
+    """One probe outcome for each dead parent, drawn given its o′: int64, as `parents`."""
+    order = torch.argsort(world.probes.prefix, stable=True)
+    prefixes, count = torch.unique_consecutive(world.probes.prefix[order], return_counts=True)
+    mass = torch.nn.functional.pad(world.probes.share[order].cumsum(0), (1, 0))
+    start, end = count.cumsum(0) - count, count.cumsum(0)
+    own = torch.searchsorted(prefixes, world.prefix[parents])
+    low, high = mass[start[own]], mass[end[own]]
+    drawn = low + (high - low) * torch.rand(parents.shape, generator=g, dtype=torch.float64)
+    return order[torch.minimum(torch.searchsorted(mass, drawn, right=True) - 1, end[own] - 1)]
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_probed_dead_end_and_its_probe_share_the_baseline(world, filtered):
+    """Every dead end is probed (p = 1): a parent's prefix says how likely its own probe raises the mean."""
+    batches, rollouts = 150_000, 6
+    estimator = replace(EXACT, realignment="none", baseline="mean", filter=filtered)
+    g, probes, p = torch.Generator().manual_seed(3), world.probes, world.probability
+    # The direction in which parents with promising prefixes are reinforced: where the coupling shows.
+    own = torch.zeros(int(world.prefix.max()) + 2, dtype=torch.float64)
+    hits = own.index_add(0, probes.prefix, probes.share * probes.paths.reward)
+    promise = (hits / own.index_add(0, probes.prefix, probes.share).clamp(min=1e-300))[world.prefix]
+    mean_promise = float((p * promise)[world.dead].sum() / p[world.dead].sum())
+    table = world.table.clone().requires_grad_(True)
+    pull = (torch.where(world.dead, p * (promise - mean_promise), 0.0) * world.paths.logp(table).sum(1)).sum()
+    (direction,) = torch.autograd.grad(pull, table)
+    direction = direction / direction.norm()
+    centred = direction - (torch.softmax(world.table, -1) * direction).sum(-1, keepdim=True)
+    chosen = centred[world.paths.context, world.paths.tokens.clamp(min=0)]
+    score = torch.where(world.paths.written, chosen, 0.0).sum(1)
+
+    base = torch.multinomial(p, batches * rollouts, replacement=True, generator=g).view(batches, rollouts)
+    there = world.dead[base]
+    made = torch.zeros_like(base)
+    made[there] = outcomes_of_parents(world, base[there], g)
+    if filtered:
+        rated = cue_scores(probes.logp, probes.origin).round(decimals=12)[made]
+        rated = torch.where(there, rated, -torch.inf)
+        first = torch.sort(rated, dim=1, descending=True, stable=True).indices[:, :1]
+        there = torch.zeros_like(there).scatter(1, first, there.gather(1, first))
+    path = torch.cat([base, probes.path[made]], dim=1)
+    kept = torch.cat([torch.ones_like(there), there], dim=1)
+    group = torch.arange(batches)[:, None].expand(path.shape)
+    advantage = torch.zeros(path.shape, dtype=torch.float64)
+    advantage[kept] = group_advantages(world.paths.reward[path][kept], group[kept], "none")
+    # Alpha at its expectation divides by N·(1 + pz), whatever the filter keeps.
+    found = (advantage * score[path]).sum(1) / (rollouts * (1 + world.dead_rate))
+    exact = float((expected_gradient(world, estimator, rollouts, 1.0) * direction.flatten()).sum())
+    assert float(found.mean() - exact) / float(found.std() / batches**0.5) == pytest.approx(0.0, abs=4)

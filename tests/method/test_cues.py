@@ -20,6 +20,7 @@ def test_worked_example():
     assert trie.log_prob([7, 4, 5]).dtype == torch.float64
     assert trie.opening == 1
     assert CueTrie([[7, 8, 1], [7, 8, 2]]).opening == 2
+    assert CueTrie([[7, 8, 1]]).opening == CueTrie([[7, 8, 1], [7, 8, 1]]).opening == 1
 
 
 @given(pools)

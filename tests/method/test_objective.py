@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rexrag.errors import MethodError, ShapeError
+from rexrag.errors import MethodError, NonFiniteError, ShapeError
 from rexrag.method import clipped_surrogate, k3_kl
-from rexrag.method.objective import aggregate, aggregation_normalizer, ratio_by_label
+from rexrag.method.objective import aggregate, aggregation_normalizer, kl_penalty, ratio_by_label
 
 
 def streams(rows, length, seed):
@@ -131,9 +131,38 @@ def test_a_non_finite_token_is_dropped_and_counted(bad):
     assert metrics["nonfinite_tokens"] == 1.0 and metrics["tokens"] == 5.0
     keep = mask.clone()
     keep[0, 1] = False
-    expected, _ = clipped_surrogate(logp.detach(), behaviour, advantages, keep)
+    expected, _ = clipped_surrogate(logp.detach(), behaviour, advantages, keep, normalizer=6.0)
     assert float(loss.detach()) == pytest.approx(float(expected))
     assert got[0, 1] == 0.0 and bool(torch.isfinite(got).all())
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean", "sequence-sum"])
+def test_micro_batches_sum_to_the_whole_when_tokens_are_dropped(aggregation):
+    logp, behaviour, advantages, mask = streams(4, 5, 3)
+    mask[:2] = True
+    behaviour[0, 1], behaviour[1] = -math.inf, math.nan
+    normalizer = aggregation_normalizer(mask, aggregation)
+    whole, _ = clipped_surrogate(logp, behaviour, advantages, mask, aggregation=aggregation)
+    whole_kl, dropped = kl_penalty(logp, behaviour, mask, aggregation)
+    parts, parts_kl = torch.zeros(()).double(), torch.zeros(()).double()
+    for i in range(4):
+        row = (logp[i : i + 1], behaviour[i : i + 1])
+        parts += clipped_surrogate(
+            *row, advantages[i : i + 1], mask[i : i + 1], aggregation=aggregation, normalizer=normalizer
+        )[0]
+        parts_kl += kl_penalty(*row, mask[i : i + 1], aggregation, normalizer)[0]
+    assert dropped == 6
+    assert float(parts) == pytest.approx(float(whole)) and float(parts_kl) == pytest.approx(float(whole_kl))
+
+
+def test_a_reference_that_is_not_finite_costs_a_token_not_the_gradient():
+    logp, reference, _, mask = streams(2, 4, 1)
+    mask[0, 2] = True
+    reference[0, 2] = -math.inf
+    logp.requires_grad_(True)
+    loss, dropped = kl_penalty(logp, reference, mask)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert dropped == 1 and bool(torch.isfinite(gradient).all()) and gradient[0, 2] == 0.0
 
 
 def test_ratios_are_bounded():
@@ -198,7 +227,13 @@ def test_nothing_trained_is_a_zero_loss():
         ({"advantages": torch.zeros(3)}, ShapeError, r"advantages has shape \(3,\), expected \(2,\)"),
         ({"mask": torch.ones(2, 3)}, MethodError, "mask has dtype"),
         ({"clip_low": 1.5}, MethodError, "clip_low = 1.5"),
-        ({"advantages": torch.tensor([0.0, float("nan")])}, MethodError, "advantages"),
+        ({"advantages": torch.tensor([0.0, float("nan")])}, NonFiniteError, r"advantages\[1\] = nan"),
+        (
+            {"aggregation": "token_mean"},
+            MethodError,
+            "aggregation = 'token_mean', expected one of token-mean",
+        ),
+        ({"aggregation": "mean", "normalizer": 3.0}, MethodError, "aggregation = 'mean'"),
         ({"weight": torch.ones(2)}, ShapeError, "weight has shape"),
         ({"logp": torch.zeros(3)}, ShapeError, r"logp has shape \(3,\), expected \[B, T\]"),
     ],
@@ -212,3 +247,8 @@ def test_bad_input_is_named(change, error, says):
     }
     with pytest.raises(error, match=says):
         clipped_surrogate(**{**good, **change})
+
+
+def test_the_normalizer_of_an_unknown_aggregation_is_refused():
+    with pytest.raises(MethodError, match="aggregation = 'sum'"):
+        aggregation_normalizer(torch.ones(1, 1, dtype=torch.bool), "sum")

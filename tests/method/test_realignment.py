@@ -40,7 +40,7 @@ def test_coarse_density_differs_only_in_the_cue():
     cue = TRIE.log_prob([5, 7])
     fine = probe_log_density(LOGP, ORIGIN, 4, cue, 0.25)
     coarse = probe_log_density(LOGP, ORIGIN, 4, cue, 0.25, kind="coarse", pool_size=3)
-    assert coarse[4:6].tolist() == pytest.approx([-math.log(3), 0.0])
+    assert coarse[4:6].tolist() == [-math.log(3), 0.0]
     assert torch.equal(coarse[:4], fine[:4]) and torch.equal(coarse[6:], fine[6:])
 
 
@@ -107,6 +107,11 @@ def test_alpha_zero_is_the_policy_bit_for_bit():
     policy = -torch.rand(50)
     assert torch.equal(mixture_log_density(policy, -torch.rand(50), 0.0), policy)
     assert torch.equal(mixture_log_density(policy, torch.full((50,), -math.inf), 0.0), policy)
+
+
+def test_a_float32_mixture_survives_an_alpha_near_one():
+    base = mixture_log_density(torch.tensor([-1.0]), torch.tensor([-math.inf]), 1 - 1e-9)
+    assert float(base) == pytest.approx(-1 + math.log(1e-9), rel=1e-6)
 
 
 def test_mixture_equals_the_plain_formula_and_has_its_gradient():
@@ -208,6 +213,18 @@ NAN[1] = float("nan")
         (lambda: density(cut=-1), CutError, "cut = -1"),
         (lambda: density(cut=7), CutError, "cut = 7"),
         (lambda: density(cut=3), CutError, r"cut = 3: origin\[3\] is 0, expected Origin.CUE"),
+        (
+            lambda: density(policy_logp=LOGP[:5], origin=torch.tensor([P, C, C, C, P]), cut=1),
+            ShapeError,
+            r"cue_length\[0\] = 2, but row 0 of origin has 3 CUE tokens",
+        ),
+        (
+            lambda: probe_log_densities(
+                LOGP[None], ORIGIN[None], torch.tensor([4]), torch.zeros(1, 1), torch.tensor([2]), 0.5
+            ),
+            ShapeError,
+            "cue_logp has 1 columns, cue_length goes to 2",
+        ),
         (lambda: density(failure_rate=0.0), FailureRateError, "failure_rate = 0.0, expected 0 < z <= 1"),
         (lambda: density(failure_rate=-0.5), FailureRateError, "failure_rate = -0.5"),
         (lambda: density(failure_rate=float("nan")), FailureRateError, "failure_rate = NaN"),

@@ -48,7 +48,12 @@ class CueTrie:
 
     @property
     def opening(self) -> int:
-        """Length of the pool's common beginning (the opening tag), at least 1."""
+        """Length of the pool's common beginning (the opening tag), at least 1.
+
+        A pool of one cue, however often it is listed, has nothing to tell it from: 1, not the whole cue.
+        """
+        if len(self._ends) == 1:
+            return 1
         first = self.cues[0]
         shared = (n for n in range(len(first), 1, -1) if self._through[first[:n]] == len(self.cues))
         return next(shared, 1)

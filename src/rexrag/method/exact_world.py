@@ -44,6 +44,7 @@ class Probes:
     """Every outcome of probing: which path results (`path`), and the cut and cue that led to it, int64 [O].
 
     `fail` is P(fail|o′) and `share` the density ε(outcome) of probing, summing to 1, both float64 [O].
+    `prefix` names o′ as `ExactWorld.prefix` does, int64 [O].
     """
 
     path: Tensor
@@ -53,6 +54,7 @@ class Probes:
     fail: Tensor
     share: Tensor
     origin: Tensor
+    prefix: Tensor
     paths: Paths
     """The outcome as it was written."""
     logp: Tensor
@@ -73,6 +75,8 @@ class ExactWorld:
     """π of each path, float64 [M]."""
     dead: Tensor
     """Which paths can be probed, bool [M]."""
+    prefix: Tensor
+    """A number for the o′ of each path that can be probed, −1 for the others; int64 [M]."""
     probes: Probes
     trie: CueTrie
 
@@ -97,7 +101,8 @@ def build_world(horizon: int = 7, seed: int = 0) -> ExactWorld:
     dead = (answered_at <= room) & (answer != RIGHT)
     trie = CueTrie(CUES)
     probes = _enumerate_probes(paths, logp, table, room, trie)
-    return ExactWorld(table, paths, logp, logp.sum(1).exp(), dead, probes, trie)
+    prefix = torch.where(dead, _prefix(paths.tokens, answered_at), -1)
+    return ExactWorld(table, paths, logp, logp.sum(1).exp(), dead, prefix, probes, trie)
 
 
 def random_policy(seed: int) -> Tensor:
@@ -177,11 +182,19 @@ def _enumerate_probes(paths: Paths, logp: Tensor, table: Tensor, room: int, trie
         fail=fail,
         share=density.exp() / density.exp().sum(),
         origin=origin,
+        prefix=_prefix(written.tokens, cut),
         paths=written,
         logp=logp[path],
         spliced=spliced,
         spliced_cut=spliced_cut,
     )
+
+
+def _prefix(tokens: Tensor, cut: Tensor) -> Tensor:
+    """The tokens before the cut, read as the digits of a number."""
+    position = torch.arange(tokens.shape[1])[None, :]
+    digits = torch.where(position < cut[:, None], tokens + 1, 0)
+    return (digits * (VOCABULARY + 1) ** position).sum(1)
 
 
 def _context_after_answer(tokens: Tensor, cut: Tensor) -> Tensor:

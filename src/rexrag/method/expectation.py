@@ -3,7 +3,8 @@
 One question, N base rollouts, each dead end probed with probability p. A base rollout is one of four kinds:
 a probed dead end, an unprobed one, another failure, right. Given how many of each a batch holds, its
 rollouts are independent, so a sum over the few possible counts gives the expectation of anything: the
-realised alpha, the realised failure rate, the filter's order statistics, the group baseline. METHOD §4.4.
+realised alpha, the realised failure rate, the filter's order statistics, the group baseline. A probe shares
+its parent's o′: a probed dead end is taken together with its own probe's reward. METHOD §4.4.
 """
 
 from __future__ import annotations
@@ -131,16 +132,13 @@ class _Setting:
     def base_coefficients(self) -> Tensor:
         """[M, H]: expected count of each path among the base rollouts times what multiplies its ∇log π."""
         world, right = self.world, self.world.paths.reward > 0
+        probed = self._expected(sum(m.probability * m.probed for m in self.members), world.dead)
         kinds = (
-            (sum(m.probability * (m.probed + m.unprobed) for m in self.members), world.dead),
+            (sum(m.probability * m.unprobed for m in self.members), world.dead),
             (sum(m.probability * m.other for m in self.members), ~world.dead & ~right),
             (sum(m.probability * m.right for m in self.members), right),
         )
-        expected = torch.zeros_like(world.probability)
-        for number, kind in kinds:
-            if number:
-                inside = torch.where(kind, world.probability, 0.0)
-                expected += number * inside / inside.sum()
+        unprobed = sum((self._expected(*kind) for kind in kinds), torch.zeros_like(world.probability))
         rows = world.logp
         behaviour, weight = rows, torch.ones(len(rows), dtype=torch.float64)
         if self.estimator.realignment == "paper":
@@ -148,13 +146,20 @@ class _Setting:
         elif self.estimator.realignment == "trajectory":
             log_r = self._base_log_ratio()
             weight = trajectory_weights(log_r, self.alpha)
+        by_right = torch.zeros(self.kept + 1, len(rows), dtype=torch.float64)
+        for expected, cases in ((unprobed, self._siblings(self.kept)), (probed, self._own_and_siblings())):
+            for chance, probes_right in cases:
+                by_right[probes_right] += chance * expected
         total = torch.zeros_like(rows)
-        for chance, others in self._siblings(self.kept):
-            advantage = self._advantages(world.paths.reward, self.counts.right + others, self.kept)
-            total += self._coefficients(
-                rows, behaviour, world.paths.written, advantage, chance * expected * weight
-            )
+        for probes_right, counted in enumerate(by_right):
+            advantage = self._advantages(world.paths.reward, self.counts.right + probes_right, self.kept)
+            total += self._coefficients(rows, behaviour, world.paths.written, advantage, counted * weight)
         return total
+
+    def _expected(self, number: float, kind: Tensor) -> Tensor:
+        """[M]: expected count of each path where `number` base rollouts are of this kind."""
+        inside = torch.where(kind, self.world.probability, 0.0)
+        return number * inside / inside.sum() if number else torch.zeros_like(inside)
 
     def probe_coefficients(self) -> Tensor:
         """[O, H]: the same for the outcomes of the kept probes."""
@@ -246,19 +251,54 @@ class _Setting:
         probes = self.world.probes
         if not self.estimator.filter:
             return probes.share
-        logp = probes.logp
-        score = cue_scores(logp, probes.origin)
-        level, index = torch.unique(score.round(decimals=12), return_inverse=True)
+        index, mass, up_to, below = self._score_levels()
+        best = up_to**self.counts.probed - below**self.counts.probed
+        return probes.share * (best / mass)[index]
+
+    def _score_levels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(Level of each outcome's score, lowest first; chance of a draw in, up to and below each level)."""
+        probes = self.world.probes
+        score = cue_scores(probes.logp, probes.origin).round(decimals=12)
+        level, index = torch.unique(score, return_inverse=True)
         mass = torch.zeros_like(level).index_add_(0, index, probes.share)
         up_to = mass.cumsum(0)
-        best = up_to**self.counts.probed - (up_to - mass) ** self.counts.probed
-        return probes.share * (best / mass)[index]
+        return index, mass, up_to, up_to - mass
 
     def _siblings(self, probes: int) -> Iterator[tuple[float, int]]:
         """(probability, how many of `probes` sibling probes are right); it matters to a baseline only."""
         if probes <= 0 or self.estimator.baseline == "none":
             return iter([(1.0, 0)])
         return _binomial(probes, self._probe_accuracy())
+
+    def _own_and_siblings(self) -> Iterator[tuple[Tensor | float, int]]:
+        """(probability for each parent, float64 [M], how many kept probes are right) where it was probed."""
+        if not self.kept or self.estimator.baseline == "none":
+            yield 1.0, 0
+            return
+        own = self._right_given_parent()
+        # The filter keeps one probe, the parent's own or another.
+        for chance, others in self._siblings(self.kept - 1):
+            yield chance * (1 - own), others
+            yield chance * own, others + 1
+
+    def _right_given_parent(self) -> Tensor:
+        """P(a parent's probe is right | its o′), or that the kept probe of K is: float64 [M], 0 elsewhere."""
+        world, probes = self.world, self.world.probes
+        right = probes.paths.reward
+        if self.estimator.filter:
+            draws, (index, mass, up_to, below) = self.counts.probed, self._score_levels()
+            accuracy = torch.zeros_like(mass).index_add_(0, index, probes.share * right) / mass
+            # Among equal scores the earlier wins: the own probe is each of them equally often.
+            wins = (up_to**draws - below**draws) / (draws * mass)
+            ties = up_to ** (draws - 1) - wins
+            others = (up_to ** (draws - 1) - below ** (draws - 1)) * accuracy
+            higher = others.flip(0).cumsum(0).flip(0) - others
+            right = wins[index] * right + (ties * accuracy + higher)[index]
+        prefixes, parent = torch.unique(world.prefix, return_inverse=True)
+        outcome = torch.searchsorted(prefixes, probes.prefix)
+        made = torch.zeros(len(prefixes), dtype=torch.float64).index_add_(0, outcome, probes.share)
+        hits = torch.zeros_like(made).index_add_(0, outcome, probes.share * right)
+        return torch.where(world.dead, (hits / made)[parent], 0.0)
 
     def _probe_accuracy(self) -> float:
         return float((self._kept_share() * self.world.probes.paths.reward).sum())

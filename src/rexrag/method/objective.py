@@ -7,13 +7,13 @@ Every stream is aligned with response tokens. `normalizer` makes micro-batches a
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rexrag.errors import MethodError, ShapeError
-from rexrag.method.checks import require_shape
+from rexrag.method.checks import require_finite, require_shape
 
 Aggregation = Literal["token-mean", "sequence-mean", "sequence-sum"]
 
@@ -41,10 +41,11 @@ def clipped_surrogate(
     weight: float [B, T], multiplies a token's surrogate; no gradient flows into it.
     truncated: bool [B, T]; such a token is trained with min(truncation_cap, ratio)·log π, the ratio held
     constant (truncated importance sampling) instead of the clipped ratio.
-    A token whose log-probs are not finite is dropped and counted in `nonfinite_tokens`.
+    A token whose log-probs are not finite is dropped and counted in `nonfinite_tokens`. It adds nothing, but
+    the mean is still over all of `mask`, so that micro-batches add up whatever they drop.
 
     Returns a scalar and floats: ratio_mean, clip_share, nonfinite_tokens, tokens.
-    Raises ShapeError, MethodError.
+    Raises ShapeError, NonFiniteError (advantages), MethodError.
     """
     _check(logp, behaviour_logp, advantages, mask, clip_low, clip_high)
     finite = torch.isfinite(logp.detach()) & torch.isfinite(behaviour_logp)
@@ -65,7 +66,7 @@ def clipped_surrogate(
     if weight is not None:
         require_shape("weight", weight, logp.shape)
         surrogate = surrogate * weight.detach().to(logp.dtype)
-    loss = -aggregate(surrogate, use, aggregation, normalizer)
+    loss = -aggregate(torch.where(use, surrogate, 0.0), mask, aggregation, normalizer)
     tokens = int(use.sum())
     return loss, {
         "ratio_mean": float(ratio.detach()[use].mean()) if tokens else math.nan,
@@ -85,8 +86,29 @@ def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return torch.expm1(difference) - difference
 
 
+def kl_penalty(
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    aggregation: Aggregation = "token-mean",
+    normalizer: float | None = None,
+) -> tuple[Tensor, int]:
+    """`k3_kl` of the trained tokens [B, T] as a scalar, and how many were dropped as not finite.
+
+    A dropped token adds nothing and counts in the mean, as in `clipped_surrogate`. Raises as `aggregate`.
+    """
+    finite = torch.isfinite(logp.detach()) & torch.isfinite(ref_logp)
+    use = mask & finite
+    values = k3_kl(torch.where(use, logp, 0.0), torch.where(use, ref_logp, 0.0))
+    return aggregate(values, mask, aggregation, normalizer), int((mask & ~finite).sum())
+
+
 def aggregation_normalizer(mask: Tensor, aggregation: Aggregation = "token-mean") -> float:
-    """What `aggregate` divides by: trained tokens, or rows that have any. Additive over rows."""
+    """What `aggregate` divides by: trained tokens, or rows that have any. Additive over rows.
+
+    Raises MethodError for an unknown aggregation.
+    """
+    _require_known(aggregation)
     if aggregation == "token-mean":
         return float(mask.sum())
     return float(mask.any(dim=-1).sum())
@@ -99,7 +121,9 @@ def aggregate(
 
     token-mean: mean over all trained tokens. sequence-mean: mean over rows of their token mean.
     sequence-sum: mean over rows of their token sum (a length-independent constant, as Dr. GRPO asks).
+    Raises ShapeError, MethodError for an unknown aggregation.
     """
+    _require_known(aggregation)
     require_shape("mask", mask, values.shape)
     masked = torch.where(mask, values, 0.0)
     rows = masked.sum(dim=-1)
@@ -142,5 +166,11 @@ def _check(
         raise MethodError(f"mask has dtype {mask.dtype}, expected torch.bool")
     if not (0.0 <= low <= 1.0) or not high >= 0.0:
         raise MethodError(f"clip_low = {low}, clip_high = {high}: expected 0 <= low <= 1, high >= 0")
-    if not bool(torch.isfinite(advantages).all()):
-        raise MethodError("advantages hold a value that is not finite")
+    require_finite("advantages", advantages)
+
+
+def _require_known(aggregation: str) -> None:
+    if aggregation not in get_args(Aggregation):
+        raise MethodError(
+            f"aggregation = {aggregation!r}, expected one of {', '.join(get_args(Aggregation))}"
+        )

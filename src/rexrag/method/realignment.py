@@ -89,7 +89,7 @@ def probe_log_densities(
     is_prefix = (position < start) & (origin == int(Origin.POLICY))
     is_cue = (position >= start) & (position < start + cue_length[:, None])
     log_z = torch.as_tensor(failure_rate, dtype=torch.float64, device=policy_logp.device).log()
-    # With an empty o′ there is no token to carry z; the density is then z times too small.
+    # With an empty o′ there is no token to carry z; the density is then 1/z times too small.
     per_token = log_z.expand(rows) / is_prefix.sum(dim=1).clamp(min=1)
     density = policy_logp - (is_prefix * per_token[:, None]).to(policy_logp.dtype)
     return torch.where(
@@ -110,8 +110,10 @@ def mixture_log_density(policy_logp: Tensor, probe_logp: Tensor, alpha: float | 
     require_alpha(alpha)
     require_finite("policy_logp", policy_logp)
     require_finite("probe_logp", probe_logp, allow_minus_infinity=True)
-    share = torch.as_tensor(alpha, dtype=policy_logp.dtype, device=policy_logp.device)
-    return torch.logaddexp(torch.log1p(-share) + policy_logp, torch.log(share) + probe_logp)
+    # float32 rounds a share near 1 to 1, whose log(1−α) is −inf.
+    share = torch.as_tensor(alpha, dtype=torch.float64, device=policy_logp.device)
+    ours, probes = (log.to(policy_logp.dtype) for log in (torch.log1p(-share), torch.log(share)))
+    return torch.logaddexp(ours + policy_logp, probes + probe_logp)
 
 
 def mixture_densities(
@@ -273,7 +275,7 @@ def _cue_density(offset: Tensor, cue_logp: Tensor, kind: CueDensity, pool_size: 
     if kind == "coarse":
         if pool_size is None or pool_size < 1:
             raise MethodError(f"pool_size = {pool_size}, kind 'coarse' expects the number of cues")
-        return torch.where(offset == 0, -math.log(pool_size), 0.0)
+        return torch.zeros_like(offset, dtype=cue_logp.dtype).masked_fill(offset == 0, -math.log(pool_size))
     if kind != "fine":
         raise MethodError(f"kind = {kind!r}, expected 'fine' or 'coarse'")
     if cue_logp.shape[1] == 0:
@@ -306,5 +308,15 @@ def _check_probes(
         row, token = (int(i) for i in misplaced.nonzero()[0])
         raise CutError(
             f"cut = {int(cut[row])}: origin[{token}] is {int(origin[row, token])}, expected Origin.CUE there"
+        )
+    spans = (origin == int(Origin.CUE)).sum(dim=1)
+    for row in (spans != cue_length).nonzero()[:, 0].tolist():
+        raise ShapeError(
+            f"cue_length[{row}] = {int(cue_length[row])}, but row {row} of origin has "
+            f"{int(spans[row])} CUE tokens"
+        )
+    if rows and int(cue_length.max()) > cue_logp.shape[1]:
+        raise ShapeError(
+            f"cue_logp has {cue_logp.shape[1]} columns, cue_length goes to {int(cue_length.max())}"
         )
     return rows, length

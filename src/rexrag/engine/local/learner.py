@@ -24,10 +24,9 @@ from rexrag.engine.local.packing import Pack, TokenRow, pack_rows
 from rexrag.engine.local.state import LearnerState, load_state, save_state
 from rexrag.errors import ConfigError
 from rexrag.method.objective import (
-    aggregate,
     aggregation_normalizer,
     clipped_surrogate,
-    k3_kl,
+    kl_penalty,
     ratio_by_label,
 )
 from rexrag.types import Sample, Segment
@@ -211,7 +210,8 @@ class LocalLearner:
             assert self.reference is not None
             with torch.no_grad():
                 ref_logp = logps(self.reference)
-            kl = aggregate(k3_kl(logp, ref_logp), mask, method.aggregation, normalizer)
+            kl, dropped = kl_penalty(logp, ref_logp, mask, method.aggregation, normalizer)
+            totals["nonfinite_kl_tokens"] += dropped
             loss = loss + method.kl * kl
             totals["kl"] += float(kl.detach())
         label = stream([r.segment or (Segment.BASE,) * len(r.tokens) for r in rows], torch.long)
@@ -238,6 +238,7 @@ def _metrics(totals: Totals, segments: Tensor, method: MethodConfig) -> dict[str
     metrics["grad_norm"] = totals["grad_norm"] / max(1, totals["updates"])
     if method.kl > 0:
         metrics["kl"] = totals["kl"] / attempts
+        metrics["nonfinite_kl_tokens"] = totals["nonfinite_kl_tokens"]
     named = [("all", segments.sum(dim=0)), *((s.name.lower(), segments[s]) for s in Segment)]
     for name, (tokens, ratio, clipped) in ((name, sums.tolist()) for name, sums in named):
         if tokens:
