@@ -241,6 +241,10 @@ def test_diagnostics_and_a_fresh_world_are_measured_beside_the_budget(tmp_path):
     assert steps[0]["kl_to_start"] == pytest.approx(0.0, abs=1e-6) and steps[2]["kl_to_start"] > 0
     shares = {name: v for name, v in steps[0].items() if name.startswith("gradient/")}
     assert sum(shares.values()) == pytest.approx(1.0) and "gradient/cue" in shares
+    evaluated = rows(tmp_path / "run" / "eval.jsonl")
+    assert [row["seconds"] for row in evaluated[-2:]] == [summary["seconds"]] * 2, (
+        "of the run, not of the evaluation"
+    )
     sets = [(row["set"], row["step"], row["em"]["n"]) for row in rows(tmp_path / "run" / "eval.jsonl")]
     assert sets == [("held-out", 0, 12), ("fresh", 0, 10), ("held-out", 3, 12), ("fresh", 3, 10)]
     assert summary["em_fresh_after"]["n"] == 10 and summary["em_after"]["n"] == 12

@@ -64,7 +64,7 @@ def evaluate(
     finally:
         session.close()
     rows = [scored_rollout(rollout) for rollout in rollouts]
-    return Evaluation(rollouts, {**figures(rows), "seconds": time.perf_counter() - start})
+    return Evaluation(rollouts, {**figures(rows), "eval_seconds": time.perf_counter() - start})
 
 
 def scored_rollout(rollout: Rollout) -> Scored:

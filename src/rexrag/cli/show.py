@@ -170,44 +170,59 @@ def summary_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     return table("Held-out exact match with 95 % bootstrap intervals", columns, rows)
 
 
+MEASURES = {
+    "em": "end",
+    "area": "curve",
+    "em_fresh": "fresh world",
+    **{f"em_{n}_hop": f"{n} hop" for n in range(1, 5)},
+}
+"""Figures of a comparison, in the order of its table; `curve` is the area under it over the budget."""
+
+
 def comparison_table(result: dict[str, Any]) -> Table:
     """Arms with their paired difference to the control; a star where its interval excludes 0."""
     rows = []
-    fresh = all("em_fresh" in figures for figures in result["arms"].values())
     for arm, figures in result["arms"].items():
-        cells = [arm, format_interval(figures["em"])]
-        for name in ("em_difference", "area_difference", *(["em_fresh_difference"] if fresh else [])):
-            if name not in figures:
-                cells.append("–")
-                continue
-            gap = figures[name]
-            star = " *" if gap["low"] > 0 or gap["high"] < 0 else ""
-            cells.append(f"{format_points(gap)} p {gap['p']:.3f}{star}")
-        rows.append([*cells, f"{figures['steps']:.0f}", f"{figures['seconds']:.0f}"])
+        shown = [name for name in MEASURES if name in figures]
+        for name in shown:
+            gap = figures.get(f"{name}_difference")
+            star = "*" if gap and (gap["low"] > 0 or gap["high"] < 0) else ""
+            rows.append(
+                (
+                    arm if name == shown[0] else "",
+                    MEASURES[name],
+                    format_interval(figures[name]),
+                    format_points(gap) + star if gap else "",
+                    f"{gap['p']:.3f}" if gap else "",
+                )
+            )
     n = len(result["seeds"])
     budget = f"{result['amount']:g} {result['budget']}"
-    title = f"Held-out EM at {budget}, {n} seeds; differences to {result['control']}"
-    differences = ("difference", "of area under the curve", *(["in a fresh world"] if fresh else []))
-    return table(title, ("arm", "EM", *differences, "steps", "s"), rows)
+    title = f"Held-out EM at {budget}, {n} seeds; differences to {result['control']} in points"
+    return table(title, ("arm", "of", "EM", "difference", "p"), rows, narrow=True)
 
 
 def diagnostics_table(result: dict[str, Any]) -> Table:
     """What happened on the way, as means over steps and seeds."""
     columns = {
         "dead ends": "dead_ends/rate",
-        "all wrong before": "groups/all_wrong_before",
-        "and after probes": "groups/all_wrong_after",
-        "probes right": "probes/success",
+        "all wrong": "groups/all_wrong_before",
+        "after probes": "groups/all_wrong_after",
+        "right": "probes/success",
         "kept": "probes/kept_share",
         "ESS": "ess",
-        "searches": "searches/mean",
-        "KL to start": "kl_to_start",
+        "search": "searches/mean",
+        "KL": "kl_to_start",
     }
     rows = []
     for arm, figures in result["arms"].items():
         found = figures["diagnostics"]
-        rows.append([arm, *(f"{found[name]:.3f}" if name in found else "–" for name in columns.values())])
-    return table("On the way (means over steps and seeds)", ("arm", *columns), rows)
+        rows.append([arm, *(f"{found[name]:.2f}" if name in found else "–" for name in columns.values())])
+    return table(
+        "On the way: groups all wrong, probes right and kept; means over steps and seeds",
+        ("arm", *columns),
+        rows,
+    )
 
 
 def dry_run_tables(facts: dict[str, Any]) -> Iterable[Table | str]:

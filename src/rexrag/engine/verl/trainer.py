@@ -279,7 +279,7 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
             raise RetrievalError(f"{len(self.val_dataset) - len(scores)} rollouts of an evaluation were lost")
         append(
             self.folder / "eval.jsonl",
-            [position(self.progress) | {"set": "held-out", **figures_of(scores), "seconds": 0.0}],
+            [position(self.progress) | {"set": "held-out", **figures_of(scores), "eval_seconds": 0.0}],
         )
         return super()._val_metrics_update(data_sources, sample_uids, infos, *rest, **more)
 
