@@ -160,6 +160,8 @@ def test_a_warm_up_repeats_and_leaves_a_start(tmp_path) -> None:
     warm_up(tiny(seed=4), tmp_path / "c")
     weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}
     assert weights["a"] == weights["b"] != weights["c"]
+    smallest = float.fromhex("0x1p-1074")
+    assert smallest * 1.0 > 0.0, "subnormal numbers are there again"
     stored = json.loads((tmp_path / "a" / "start.json").read_text())
     assert stored == facts and stored["settings"]["seed"] == 3 and "seed=3" in stored["command"]
     again = parse_settings(stored["command"].split()[4:])

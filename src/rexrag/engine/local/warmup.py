@@ -120,16 +120,19 @@ def warm_up(settings: Warmup, out: str | Path) -> dict[str, Any]:
         model.base_model.forward = torch.compile(model.base_model.forward, dynamic=True)
     optimizers = muon_and_adamw(model, settings.matrix_lr, settings.lr)
     began, spent = time.perf_counter(), time.process_time()
-    torch.set_flush_denormal(True)
-    losses = fit(
-        model,
-        optimizers,
-        world_batches(settings, setting),
-        settings.steps,
-        decay_from=settings.decay_from,
-        evidence_weight=settings.evidence_weight,
-        autocast=settings.autocast,
-    )
+    torch.set_flush_denormal(True)  # subnormal numbers are slow; the setting is the whole process's
+    try:
+        losses = fit(
+            model,
+            optimizers,
+            world_batches(settings, setting),
+            settings.steps,
+            decay_from=settings.decay_from,
+            evidence_weight=settings.evidence_weight,
+            autocast=settings.autocast,
+        )
+    finally:
+        torch.set_flush_denormal(False)
     facts = {
         "command": shlex.join([*COMMAND, Path(out).name, *_changes(settings)]),
         "settings": settings.model_dump(mode="json"),
