@@ -38,7 +38,7 @@ $(VERL_STAMP): pyproject.toml constraints.txt
 	touch $(VERL_STAMP)
 
 test-verl: $(VERL_STAMP)  ## verl's real trainer on two CPU ranks
-	$(VERL_VENV)/bin/python -m pytest -m verl
+	$(VERL_VENV)/bin/python -m pytest -m verl tests/engine/verl
 
 check: $(STAMP)  ## linter, formatter, type checker, tests
 	$(BIN)/ruff check src tests benchmarks

@@ -96,7 +96,8 @@ def options(settings: dict[str, object], overrides: dict[str, object]) -> list[s
 def train(folder: Path, *more: str, settings=None, overrides=None, env=None, timeout=600):
     """`rexrag train` in a process of its own; stdout and stderr as text."""
     known = options(SMALL | (settings or {}), VERL | (overrides or {}))
-    command = [sys.executable, "-m", "rexrag", "train", *known, "--out", str(folder), *more]
+    config = [] if "--resume" in more else [str(ROOT / "tests/engine/verl/base.toml")]
+    command = [sys.executable, "-m", "rexrag", "train", *config, *known, "--out", str(folder), *more]
     known_env = environment(**(env or {}))
     for _ in range(3):
         done = subprocess.run(

@@ -92,3 +92,26 @@ def test_the_run_folder_is_like_any_other(run):
     assert load_config(run / "config.toml").engine == "verl"
     assert (run / "report.html").stat().st_size > 1000
     assert json.loads((run / "environment.json").read_text())["cues"] != "none"
+
+
+def test_an_evaluation_inside_verl_is_an_evaluation(tmp_path):
+    """verl hands back figures by name, in the order in which rollouts ended."""
+    from rexrag.engine.verl.trainer import RexragTrainer
+    from rexrag.evaluate import figures, numbers, scored
+    from rexrag.train import Progress
+    from rexrag.types import Question
+
+    answers = ("oslo", None, "rome")
+    rows = [
+        scored(Question(str(i), "where", ("oslo",), hops=i + 1), a, i, 10, 0) for i, a in enumerate(answers)
+    ]
+    ended = [2, 0, 1]
+    infos = {name: [numbers(rows[i])[name] for i in ended] for name in numbers(rows[0])}
+    infos |= {"place": [float(i) for i in ended], "acc": [rows[i].em for i in ended], "reward": [0.0] * 3}
+    trainer = RexragTrainer.__new__(RexragTrainer)
+    trainer.folder, trainer.progress, trainer.val_dataset = tmp_path, Progress(step=4), rows
+    known = trainer._val_metrics_update(["world"] * 3, ["a", "b", "c"], infos, [1, 2, 3])
+    assert known["val-core/world/acc/mean@1"] == pytest.approx(1 / 3)
+    (row,) = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert row["step"] == 4 and row["em_by_question"] == [1.0, 0.0, 0.0]
+    assert {name: row[name] for name in figures(rows)} == json.loads(json.dumps(figures(rows)))
