@@ -273,7 +273,7 @@ def _scores(probes: Sequence[Rollout], method: MethodConfig, generator: torch.Ge
         return torch.tensor([rollout.em for rollout in probes]) + 0.5 * chance
     if method.filter == "random" or method.cues == "none" or not probes:
         return chance
-    batch = pad([row_of(rollout) for rollout in probes], [0] * len(probes), [False] * len(probes))
+    batch = pad([row_of(rollout, method) for rollout in probes], [0] * len(probes), [False] * len(probes))
     return cue_scores(batch.policy_logp, batch.origin)
 
 
@@ -285,9 +285,9 @@ def _rows(
     temperature: float,
 ) -> tuple[list[Row], int]:
     """The token rows to train on, and how many tokens had to be scored for them."""
-    rows = [row_of(rollout) for rollout in base]
+    rows = [row_of(rollout, method) for rollout in base]
     if method.realignment != "internalize":
-        return [*rows, *map(row_of, chosen)], 0
+        return [*rows, *(row_of(probe, method) for probe in chosen)], 0
     spliced = [splice(probe, base[_parent(probe)]) for probe in chosen]
     if method.tail == "truncated":
         return [*rows, *spliced], 0

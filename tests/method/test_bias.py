@@ -12,6 +12,7 @@ from rexrag.method import bias, clipped_surrogate, group_advantages, keep_probes
 from rexrag.method.exact_world import ANSWER, RIGHT, build_world, contexts
 from rexrag.method.expectation import Estimator, expected_gradient, true_gradient
 from rexrag.method.filtering import cue_scores
+from rexrag.method.realignment import explanation_log_ratios
 from rexrag.method.samples import Row, correct, pad
 
 EXACT = Estimator()
@@ -69,6 +70,27 @@ def test_trajectory_is_exactly_unbiased(rollouts, probability, seed):
     other = build_world(horizon=6, seed=seed)
     gap = relative_bias(other, true_gradient(other), EXACT, rollouts=rollouts, probability=probability)
     assert gap < 1e-10
+
+
+def test_runs_use_the_density_that_the_table_of_biases_is_about(world):
+    """The trainer's own function on every rollout there is, against the sum over enumerated probes."""
+    paths, probes = world.paths, world.probes
+    spoken = torch.where(probes.origin == 1, probes.logp, 0.0).sum(1)
+    ratio = (world.trie.table().sum(1)[probes.cue] - spoken).exp() / world.dead_rate
+    expected = torch.zeros_like(world.probability).index_add_(0, probes.path, ratio).log()
+    is_answer = paths.tokens == ANSWER
+    answered = torch.where(is_answer.any(1), is_answer.long().argmax(1), paths.tokens.shape[1])
+    got = explanation_log_ratios(
+        paths.tokens,
+        world.logp,
+        torch.where(paths.written, 0, -1),
+        world.trie.cues,
+        world.trie.table(),
+        torch.full_like(world.probability, world.dead_rate),
+        answered.clamp(max=int(probes.cut.max())),
+    )
+    assert float((expected > -torch.inf).double().mean()) > 0.01
+    assert torch.allclose(got, expected, atol=1e-12)
 
 
 def test_plain_policy_gradient_is_exactly_unbiased(world, truth):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rexrag.errors import CueError, MethodError
-from rexrag.method.dead_ends import cut_position, dead_end_kinds, is_dead_end
+from rexrag.method.dead_ends import cut_position, dead_end_kinds, is_dead_end, last_cut
 from rexrag.method.probing import in_all_wrong_groups, plan_probes
 from rexrag.types import DeadEnd, Question, Rollout, StopReason, Turn
 
@@ -51,6 +51,19 @@ def test_cut_is_the_boundary_before_the_last_action():
     assert cut_position(rollout(search("a", 3), answer=None)) == 4
     assert cut_position(rollout(Turn(3, 8), answer=None)) == 8
     assert cut_position(rollout(answer=None)) is None
+
+
+def test_the_latest_cut_a_probe_can_have():
+    only_wrong = [DeadEnd.WRONG]
+    assert last_cut(rollout(search("a"), ANSWER), only_wrong) == 7
+    assert last_cut(rollout(search("a"), answer=None), only_wrong) == 9
+    assert last_cut(rollout(answer=None), only_wrong) == -1
+    forced = rollout(search("a"), ANSWER, forced_last_turn=True)
+    assert last_cut(forced, only_wrong) == 5
+    assert last_cut(forced, only_wrong, probe_forced_turn=True) == 7
+    unanswered = rollout(search("a"), Turn(6, 9), answer=None, forced_last_turn=True)
+    assert last_cut(unanswered, only_wrong) == 5
+    assert last_cut(unanswered, [DeadEnd.UNANSWERED]) == 9
 
 
 def test_plans_follow_the_generator_and_the_probability():

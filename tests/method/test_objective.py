@@ -235,6 +235,12 @@ def test_nothing_trained_is_a_zero_loss():
         ),
         ({"aggregation": "mean", "normalizer": 3.0}, MethodError, "aggregation = 'mean'"),
         ({"weight": torch.ones(2)}, ShapeError, "weight has shape"),
+        ({"weight": torch.full((2, 3), math.nan)}, NonFiniteError, r"weight\[0, 0\] = nan"),
+        (
+            {"truncated": torch.ones(2, 3, dtype=torch.bool), "truncation_cap": math.nan},
+            MethodError,
+            "truncation_cap = nan, expected > 0",
+        ),
         ({"logp": torch.zeros(3)}, ShapeError, r"logp has shape \(3,\), expected \[B, T\]"),
     ],
 )

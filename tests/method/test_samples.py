@@ -1,6 +1,7 @@
 """The whole correction on real-looking batches: METHOD §4's identities 1, 3 and 5, and every switch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,6 +186,22 @@ def test_trajectory_weights_are_one_number_a_rollout_and_recognise_spoken_cues()
     assert torch.equal(streams.behaviour_logp, batch.policy_logp)
 
 
+def test_trajectory_takes_each_group_s_alpha_and_each_question_s_z():
+    rows_, groups, right = rows()
+    plain = [Row((1,), tuple(r.tokens), r.origins, r.policy_logp) for r in rows_[:6]]
+    probe = Row((1,), (9, 20, 21, 9), (P, C, C, P), (-1.0, -2.0, -3.0, -1.0), 1, 0, 2)
+    batch = pad([*plain, probe], [*groups[:6], 0], [*right[:6], False])
+    own = {"realignment": "trajectory", "alpha": "group", "failure_rate": "question"}
+    weight = correct(batch, CONFIG.model_copy(update=own), TRIE).weight[:, 0]
+    r = math.exp(math.log(1 / 3) + 5.0) / (2 / 3)
+    assert weight[:3].tolist() == pytest.approx([4 / 3] * 3)
+    assert weight[3:6].tolist() == pytest.approx([1.0] * 3)
+    assert float(weight[6]) == pytest.approx(1 / (3 / 4 + r / 4))
+    behind = replace(probe, last_cut=0)
+    late = pad([*plain, behind], [*groups[:6], 0], [*right[:6], False])
+    assert float(correct(late, CONFIG.model_copy(update=own), TRIE).weight[6, 0]) == pytest.approx(4 / 3)
+
+
 QUESTION = Question("q", "Who?", ("x",))
 
 
@@ -233,7 +250,7 @@ def test_internalize_tails():
     row = splice(PROBE, PARENT)
     own = with_tail_logp(row, [-9.0] * 5)
     assert own.policy_logp == pytest.approx((0.0, -0.1, -0.2, -9.0, -0.7))
-    base = [row_of(PARENT)] * 6
+    base = [row_of(PARENT, CONFIG)] * 6
     batch = pad([*base, row], [0] * 7, [False] * 7)
     truncated = correct(batch, MethodConfig(realignment="internalize", tail="truncated"), TRIE)
     assert truncated.truncated[6].tolist() == [False, False, False, True, True, True]
@@ -244,10 +261,15 @@ def test_internalize_tails():
 
 
 def test_row_of_keeps_every_token_as_sampled():
-    row = row_of(PROBE)
+    row = row_of(PROBE, CONFIG)
     assert (row.tokens, row.origins, row.policy_logp) == (PROBE.tokens, PROBE.origins, PROBE.logps)
     assert (row.cut, row.cue, row.cue_length) == (4, 0, 2)
-    assert row_of(PARENT).cut == -1
+    assert row_of(PARENT, CONFIG).cut == -1
+    assert row_of(PARENT, CONFIG).last_cut == 4
+    forced = replace(PARENT, forced_last_turn=True)
+    assert row_of(forced, CONFIG).last_cut == -1
+    allowed = CONFIG.model_copy(update={"probe_forced_turn": True})
+    assert row_of(forced, allowed).last_cut == 4
 
 
 def test_guard_and_cueless_trajectory_are_refused():

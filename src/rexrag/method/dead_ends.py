@@ -50,3 +50,18 @@ def is_dead_end(
     if rollout.answer is not None and rollout.forced_last_turn and not probe_forced_turn:
         return False
     return not dead_end_kinds(rollout, right).isdisjoint(wanted)
+
+
+def last_cut(rollout: Rollout, wanted: Collection[DeadEnd], probe_forced_turn: bool = False) -> int:
+    """The latest token at which some probe of this o′ could have been cut; −1 where none could.
+
+    Not behind the tag of its answer, since a probe is cut before one; and not in the forced last turn where
+    no rollout that ends there is probed. What a rollout says by itself behind that is no explanation of it.
+    """
+    if not rollout.turns:
+        return -1
+    last = rollout.turns[-1]
+    reachable = probe_forced_turn or DeadEnd.UNANSWERED in wanted
+    if rollout.forced_last_turn and not reachable:
+        return last.start - 1
+    return len(rollout.tokens) if rollout.answer_start is None else rollout.answer_start

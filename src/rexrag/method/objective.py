@@ -45,7 +45,7 @@ def clipped_surrogate(
     the mean is still over all of `mask`, so that micro-batches add up whatever they drop.
 
     Returns a scalar and floats: ratio_mean, clip_share, nonfinite_tokens, tokens.
-    Raises ShapeError, NonFiniteError (advantages), MethodError.
+    Raises ShapeError, NonFiniteError (advantages, weight), MethodError.
     """
     _check(logp, behaviour_logp, advantages, mask, clip_low, clip_high)
     finite = torch.isfinite(logp.detach()) & torch.isfinite(behaviour_logp)
@@ -60,11 +60,14 @@ def clipped_surrogate(
     is_clipped = clipped < unclipped
     if truncated is not None:
         require_shape("truncated", truncated, logp.shape)
+        if not truncation_cap > 0.0:
+            raise MethodError(f"truncation_cap = {truncation_cap}, expected > 0")
         held = ratio.detach().clamp(max=truncation_cap)
         surrogate = torch.where(truncated, held * logp * advantage, surrogate)
         is_clipped = is_clipped & ~truncated
     if weight is not None:
         require_shape("weight", weight, logp.shape)
+        require_finite("weight", torch.where(mask, weight, 0.0))
         surrogate = surrogate * weight.detach().to(logp.dtype)
     loss = -aggregate(torch.where(use, surrogate, 0.0), mask, aggregation, normalizer)
     tokens = int(use.sum())

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rexrag.config import MethodConfig
 from rexrag.errors import CueError, CutError
 from rexrag.method.cues import CueTrie
+from rexrag.method.dead_ends import last_cut
 from rexrag.method.realignment import (
     effective_sample_size,
     explanation_log_ratios,
@@ -32,6 +33,8 @@ from rexrag.types import Origin, Rollout, Sample, Segment
 
 PADDING = -1
 """Origin of a padded position."""
+ANYWHERE = 2**31 - 1
+"""As `last_cut`: no position is too late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +48,14 @@ class Row:
     cut: int = -1
     cue: int = -1
     cue_length: int = 0
+    last_cut: int = ANYWHERE
+    """`dead_ends.last_cut`: where `trajectory` looks for words that a probe could have been given."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Rows of a step as tensors, padded on the right: tokens, origin int64 [B, T], policy_logp float [B, T];
-    cut, cue, cue_length, groups int64 [B]; right bool [B]. Base rollouts come before probes."""
+    cut, cue, cue_length, last_cut, groups int64 [B]; right bool [B]. Base rollouts come before probes."""
 
     tokens: Tensor
     origin: Tensor
@@ -58,6 +63,7 @@ class Batch:
     cut: Tensor
     cue: Tensor
     cue_length: Tensor
+    last_cut: Tensor
     groups: Tensor
     right: Tensor
 
@@ -81,7 +87,7 @@ class Streams:
     """Effective sample size of the trained tokens' weights π_old/μ, as a share of their number."""
 
 
-def row_of(rollout: Rollout) -> Row:
+def row_of(rollout: Rollout, method: MethodConfig) -> Row:
     """The rollout as it was written."""
     return Row(
         rollout.prompt,
@@ -91,6 +97,7 @@ def row_of(rollout: Rollout) -> Row:
         -1 if rollout.cut is None else rollout.cut,
         -1 if rollout.cue is None else rollout.cue,
         rollout.cue_length,
+        last_cut(rollout, method.dead_ends, method.probe_forced_turn),
     )
 
 
@@ -139,6 +146,7 @@ def pad(rows: Sequence[Row], groups: Sequence[int], right: Sequence[bool]) -> Ba
         cut=torch.tensor([row.cut for row in rows]),
         cue=torch.tensor([row.cue for row in rows]),
         cue_length=torch.tensor([row.cue_length for row in rows]),
+        last_cut=torch.tensor([row.last_cut for row in rows]),
         groups=torch.tensor(groups),
         right=torch.tensor(right, dtype=torch.bool),
     )
@@ -170,7 +178,7 @@ def correct(batch: Batch, config: MethodConfig, trie: CueTrie | None) -> Streams
         if trie is None:
             raise CueError("trajectory realignment needs cues; a continuation without one has no density")
         log_r = explanation_log_ratios(
-            batch.tokens, batch.policy_logp, batch.origin, trie.cues, trie.table(), z_B
+            batch.tokens, batch.policy_logp, batch.origin, trie.cues, trie.table(), z_B, batch.last_cut
         )
         weight = weight * trajectory_weights(log_r, alpha_B).to(weight.dtype)[:, None]
     elif config.realignment == "internalize" and config.tail == "truncated":
