@@ -296,6 +296,18 @@ def test_kl_pulls_towards_the_weights_of_the_start():
         learner().update(rows, method, 1.0)
 
 
+def test_a_reference_that_is_not_finite_is_counted_and_pulls_at_nothing():
+    trainer = learner(reference=True, lr=1e-2)
+    with torch.no_grad():
+        next(trainer.reference.parameters())[:] = math.nan
+    rows = [dataclasses.replace(row, mask=(True,) * len(row.tokens)) for row in samples()]
+    metrics = trainer.update(rows, MethodConfig(kl=1.0), 1.0)
+    trained = sum(len(row.tokens) for row in rows if row.advantage)
+    assert metrics["nonfinite_kl_tokens"] == trained > 0 and metrics["kl"] == 0.0
+    assert metrics["nonfinite_tokens"] == metrics["nonfinite_updates"] == 0 and metrics["updates"] == 1
+    assert all(bool(torch.isfinite(p).all()) for p in trainer.trained.values())
+
+
 def test_autocast_stays_near_float32_and_keeps_float32_weights():
     rows = near_policy(packed(llama()), [dataclasses.replace(r, advantage=1.0) for r in samples(20)])
     exact, _ = gradients(learner(llama()), rows, MethodConfig(clip_low=1.0, clip_high=100.0))
