@@ -290,7 +290,7 @@ def test_a_user_s_own_files_train_through_the_same_code(run, tmp_path):
     summary = json.loads(out)
     assert summary["rex-rag-rescue"]["em_before"]["n"] == 4
     assert (tmp_path / "run" / "report.html").stat().st_size > 1e6
-    code, out, _ = run("ask", "Who is married to Anna?", "--policy", tmp_path / "run/checkpoints/step-1")
+    code, out, _ = run("ask", "Who is married to Anna?", "--policy", tmp_path / "run")
     assert code == 0 and "answer:" in out
 
 

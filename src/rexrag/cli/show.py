@@ -166,8 +166,8 @@ def summary_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
                 f"{summary['seconds']:.0f}",
             )
         )
-    columns = ("run", "EM before", "EM after", "rise in points", "generated", "steps", "s")
-    return table("Held-out exact match with 95 % bootstrap intervals", columns, rows)
+    columns = ("run", "EM before", "EM after", "rise in points", "tokens", "steps", "s")
+    return table("Held-out exact match with 95 % bootstrap intervals", columns, rows, narrow=True)
 
 
 MEASURES = {

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from rexrag import presets
 from rexrag.cli.training import JsonOption, SetOption
 
 data_app = typer.Typer(help="Make and check data sets.", no_args_is_help=True)
@@ -24,7 +23,9 @@ def register(app: typer.Typer) -> None:
 def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
     config: Annotated[str | None, typer.Option(help="Config with policy, corpus and agent.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Model folder or id; default: the config's.")] = None,
+    policy: Annotated[
+        str, typer.Option(help="Run folder, checkpoint, model folder or id; default: the config's.")
+    ] = "",
     override: SetOption = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperature > 0.")] = 0,
@@ -34,12 +35,12 @@ def ask(
     \b
     Examples:
       rexrag ask "Who is the mayor of the city where … was born?"
-      rexrag ask "…" --policy runs/quickstart/checkpoints/step-60 --set data.world_seed=7
+      rexrag ask "…" --policy runs/quickstart --set data.world_seed=7
     """
     from rexrag.ask import ask as run
+    from rexrag.evaluation.policies import resolve_config
 
-    overrides = [*(override or []), *([f"policy.path={json.dumps(policy)}"] if policy else [])]
-    rollout = run(question, presets.resolve(config, "", overrides), temperature, seed)
+    rollout = run(question, resolve_config(policy, config, override or []), temperature, seed)
     print(f"\nanswer: {rollout.answer if rollout.answer is not None else '(none)'}")
 
 

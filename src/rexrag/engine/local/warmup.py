@@ -50,6 +50,8 @@ from rexrag.io import atomic_folder, write_json
 from rexrag.retrieval.bm25 import BM25Retriever
 from rexrag.types import Origin
 
+QUIET_SECONDS = 10.0
+"""Where the output is no terminal, a line of progress this often."""
 DOUBTS = "tiny_demo"
 """The cue pool whose wordings are demonstrated; probes use another one."""
 COMMAND = ("python", "-m", "rexrag.engine.local.warmup")
@@ -161,6 +163,7 @@ def fit(
     """
     model.train()
     losses: list[float] = []
+    start = said = time.monotonic()
     columns = (TextColumn("warm-up"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("warm-up", total=steps, note="")
@@ -175,9 +178,12 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             progress.update(task, advance=1, note=f"step {step + 1} loss {losses[-1]:.3f}")
-            if not progress.console.is_terminal and (step + 1) % 100 == 0:
-                recent = sum(losses[-100:]) / 100
-                print(f"step {step + 1}/{steps} loss {recent:.4f}", file=sys.stderr, flush=True)
+            now = time.monotonic()
+            if not progress.console.is_terminal and now - said > QUIET_SECONDS:
+                said, eta = now, (now - start) / (step + 1) * (steps - step - 1)
+                recent = losses[-100:]
+                note = f"step {step + 1}/{steps} loss {sum(recent) / len(recent):.4f} eta {eta:.0f} s"
+                print(note, file=sys.stderr, flush=True)
     return losses
 
 
