@@ -96,7 +96,10 @@ def test_the_pins_are_those_of_the_extra():
         ({"train__questions": 8, "learner__minibatches": 3}, ["do not divide", "24"]),
         ({"verl__tensor_parallel": 3}, ["verl.tensor_parallel = 3", "8"]),
         ({"method__rollouts": 1}, ["method.rollouts = 1"]),
-        ({"method__realignment": '"internalize"'}, ["internalize", "engine = 'local'"]),
+        (
+            {"method__realignment": '"internalize"', "method__tail": '"truncated"'},
+            ["method.tail", "'one'", "engine = 'local'"],
+        ),
         ({"train__max_tokens": 1000}, ["train.max_tokens", "train.steps"]),
         ({"train__track": '["wandb"]'}, ["train.track", "verl.loggers"]),
         ({"train__diagnose_every": 5}, ["train.diagnose_every"]),

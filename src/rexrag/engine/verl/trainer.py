@@ -30,11 +30,13 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 
 from rexrag.engine.verl.parts import parts_of
 from rexrag.engine.verl.records import AGENT, STATE_FILE, rollout_of
+from rexrag.engine.verl.splicing import Splices, splices, tag_of, token_fields
 from rexrag.errors import CheckpointError, RetrievalError
 from rexrag.evaluate import figures_of
 from rexrag.io import write_json
+from rexrag.method.samples import Row
 from rexrag.runs import LOGS, append, truncate_logs
-from rexrag.step import Collected, Corrected, correct_rollouts
+from rexrag.step import Collected, Corrected, Score, correct_rollouts
 from rexrag.train import Progress, account, log_step, next_keep_ratio, position, step_seed
 from rexrag.types import Origin, Rollout
 
@@ -100,7 +102,7 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
             drawn.base,
             drawn.groups,
             drawn.probes,
-            self._no_score,
+            self._scorer(batch, drawn, learned),
             self.parts.trie,
             config,
             next_keep_ratio(config.method, progress),
@@ -154,8 +156,45 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
             [i for i, is_padding in enumerate(padding) if is_padding],
         ), learned
 
-    def _no_score(self, rows: Any, temperature: float) -> list[Tensor]:
-        raise NotImplementedError("spliced rows are refused before a run starts")
+    def _scorer(self, batch: KVBatchMeta, drawn: Drawn, learned: dict[Any, Tensor]) -> Score:
+        """Scores spliced rows (`internalize`): each takes its probe's place in the queue and stays there."""
+        method = self.parts.config.method
+        found = Splices()
+        if method.realignment == "internalize":
+            found = splices(drawn.probes, drawn.places[len(drawn.base) :], drawn.base)
+
+        def score(rows: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float) -> list[Tensor]:
+            if not rows:
+                return []
+            taken = [found.take((tuple(prompt), tuple(tokens))) for prompt, tokens in rows]
+            self._replace(batch, [place for place, _ in taken], [row for _, row in taken])
+            logps = self._log_probs(batch, [place for place, _ in taken])
+            learned.update(zip(((row.prompt, row.tokens) for _, row in taken), logps, strict=True))
+            return logps
+
+        return score
+
+    def _replace(self, batch: KVBatchMeta, places: Sequence[int], rows: Sequence[Row]) -> None:
+        keys = [batch.keys[i] for i in places]
+        sampled = bool(self.config.actor_rollout_ref.rollout.calculate_log_probs)
+        names = ["rm_scores", *(["rollout_log_probs"] if sampled else [])]
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
+        written = token_fields(rows, {name: list(data[name].unbind()) for name in names})
+        tags = [tag_of(batch.tags[i], row) for i, row in zip(places, rows, strict=True)]
+        fields = tu.get_tensordict({name: nested(column) for name, column in written.items()})
+        tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=fields, tags=tags)
+        for i, tag in zip(places, tags, strict=True):
+            batch.tags[i] = tag
+
+    def _log_probs(self, batch: KVBatchMeta, places: Sequence[int]) -> list[Tensor]:
+        """log π_old of the rows at these places, computed again; a few others fill the last share of work."""
+        others = [i for i in range(len(batch.keys)) if i not in set(places)]
+        chosen = [*places, *others[: -len(places) % self._dp_size()]]
+        again = batch.select_keys([batch.keys[i] for i in chosen])
+        super()._compute_old_log_prob(again, {})
+        keys = [batch.keys[i] for i in places]
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["old_log_probs"])
+        return [logp.float() for logp in data["old_log_probs"].unbind()]
 
     def _write_back(self, batch: KVBatchMeta, drawn: Drawn, corrected: Corrected) -> KVBatchMeta:
         """Streams into the queue; the batch without rejected probes, but for those it needs as padding."""
