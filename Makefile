@@ -70,7 +70,8 @@ $(BASE): $(STAMP)
 $(WARM): | $(BASE)
 	$(BIN)/rexrag warmup smollm2-2wiki $(REAL) --set policy.path=$(BASE) --set policy.train_last_layers=0 --out $(WARM)
 
-real: | $(WARM)  ## SmolLM2-135M on 2WikiMultihopQA: import, warm up, train, page
+real: | $(WARM)  ## SmolLM2-135M on 2WikiMultihopQA: import, warm up, train, page; EM before, between and after
+	$(BIN)/rexrag eval smollm2-2wiki $(REAL) --policy $(BASE) --out runs/smollm2-2wiki-before
 	$(BIN)/rexrag train smollm2-2wiki $(REAL) --set policy.path=$(WARM)
 
 clean:

@@ -103,7 +103,7 @@ def train(
 
 def compare(
     config: ConfigArgument = None,
-    arms: Annotated[str, typer.Option(help="Arms, the control first.")] = "grpo,rex-rag,rex-rag-internalize",
+    arms: Annotated[str, typer.Option(help="Arms, the control first.")] = "grpo,rex-rag-rescue,rex-rag",
     seeds: Annotated[int, typer.Option(help="How many seeds, counted from --first-seed.")] = 5,
     first_seed: Annotated[int, typer.Option(help="The first seed.")] = 1,
     budget: Annotated[
@@ -125,7 +125,7 @@ def compare(
 
     \b
     Examples:
-      rexrag compare --arms grpo,rex-rag-internalize --seeds 5 --budget tokens --amount 200000
+      rexrag compare --arms grpo,rex-rag-rescue --seeds 5 --budget tokens --amount 200000
       rexrag compare my.toml --arms grpo,my-arm.toml --budget time --amount 600
     """
     from rexrag import experiment, prospects

@@ -25,10 +25,10 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def resumed(run):
-    """A copy of it, resumed for a third step."""
+    """A copy of it, resumed for a third step, which internalizes its probes."""
     folder = run.with_name("resumed")
     shutil.copytree(run, folder)
     (folder / "summary.json").unlink()  # a run that has one is over
-    done = train(folder, "--resume", settings={"train.steps": 3})
+    done = train(folder, "--resume", settings={"train.steps": 3, "method.realignment": "internalize"})
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from rexrag.config import load_config
 from rexrag.engine.local.loading import load_policy
+from rexrag.engine.verl.export import export
 from rexrag.engine.verl.splicing import splices, tag_of, token_fields
 from rexrag.method.advantages import group_advantages
 from rexrag.types import Origin, Question, Rollout, StopReason, Turn
 from tests.engine.verl.conftest import needs_verl
-from tests.engine.verl.runs import train
 
 P, C, E = int(Origin.POLICY), int(Origin.CUE), int(Origin.EVIDENCE)
 
@@ -71,18 +71,16 @@ def test_token_fields_of_a_spliced_row():
 @pytest.mark.verl
 @needs_verl
 @pytest.mark.filterwarnings("ignore")
-def test_a_step_on_verl_trains_spliced_rows(tmp_path):
-    folder = tmp_path / "run"
-    done = train(folder, settings={"method.realignment": "internalize", "train.steps": 1, "train.evals": 0})
-    assert done.returncode == 0, done.stderr[-4000:]
-    (step,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+def test_a_step_on_verl_trains_spliced_rows(run, resumed, tmp_path):
+    step = json.loads((resumed / "metrics.jsonl").read_text().splitlines()[2])
     kept = int(step["probes/kept"])
     assert kept > 0 and step["alpha"] == pytest.approx(kept / step["rows"])
-    with zstandard.open(io.BytesIO((folder / "rollouts.jsonl.zst").read_bytes()), "rt") as file:
-        traces = list(map(json.loads, file))
-    config = load_config(folder / "config.toml")
+    with zstandard.open(io.BytesIO((resumed / "rollouts.jsonl.zst").read_bytes()), "rt") as file:
+        traces = [trace for trace in map(json.loads, file) if trace["step"] == 3]
+    config = load_config(resumed / "config.toml")
+    assert config.method.realignment == "internalize"
     cues = {t["tokens"][i] for t in traces for i, o in enumerate(t["origins"]) if o == C}
-    flat = load_file(folder / "updates" / "step-1.safetensors")
+    flat = load_file(resumed / "updates" / "step-3.safetensors")
     rows = [
         {name.split("/")[1]: v for name, v in flat.items() if name.startswith(f"{i}/")}
         for i in {name.split("/")[0] for name in flat}
@@ -92,7 +90,8 @@ def test_a_step_on_verl_trains_spliced_rows(tmp_path):
     spliced = [row for row in rows if tuple(row["responses"].tolist()) not in sampled]
     assert len(rows) == step["rows"] and 0 < len(spliced) <= kept and cues
 
-    policy = load_policy(config.policy)
+    export(run, tmp_path / "model")  # the weights that the third step began with
+    policy = load_policy(config.policy.model_copy(update={"path": str(tmp_path / "model")}))
     pairs = [(row["prompts"].tolist(), row["responses"].tolist()) for row in spliced]
     for row, logp in zip(spliced, policy.score(pairs, config.agent.temperature), strict=True):
         mask = row["response_mask"].bool()
