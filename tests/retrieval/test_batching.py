@@ -1,5 +1,8 @@
 """Concurrent requests share searches and a cache, and are told to come back where too many wait."""
 
+import asyncio
+import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from rexrag.errors import RetrievalError
 from rexrag.retrieval.bm25 import BM25Retriever
@@ -178,6 +182,27 @@ def test_a_client_that_hangs_up_takes_no_answer_from_another() -> None:
         gate.open.set()
         assert other.result().json()["result"][0][0]["id"] == "a"
     assert len(gate.calls) == 1
+
+
+def test_the_load_test_counts_what_failed(retriever: BM25Retriever) -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "serve.py"
+    spec = importlib.util.spec_from_file_location("serve_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+
+    def outcomes(app: FastAPI, query: str) -> set[str]:
+        bodies = itertools.repeat({"queries": [query], "topk": 1})
+        with running(app) as url:
+            figures = asyncio.run(benchmark.load(url, bodies, clients=3, seconds=0.2))
+        done = sum(figures["outcomes"].values())
+        assert figures["errors"] == done - figures["outcomes"].get("200", 0)
+        assert figures["p50_ms"] > 0
+        return set(figures["outcomes"])
+
+    assert outcomes(create_app(retriever), "Thames") == {"200"}
+    assert outcomes(create_app(retriever), "zyxwv") == {"empty"}
+    assert outcomes(create_app(Gate(fail=True)), "Thames") == {"502"}
 
 
 SLOW_SERVER = """
