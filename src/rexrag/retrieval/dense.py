@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,14 @@ from numpy.typing import NDArray
 from rexrag.errors import ConfigError, IndexFolderError
 from rexrag.io import write_text
 from rexrag.retrieval.base import Hits
-from rexrag.retrieval.encoder import Encoder
+from rexrag.retrieval.encoder import NEEDED, Encoder
 
+if not find_spec("sentence_transformers"):
+    raise ConfigError(NEEDED)
 try:
     import faiss
 except ImportError:
-    raise ConfigError(
-        "dense retrieval needs sentence-transformers and faiss: pip install 'rexrag[dense]'"
-    ) from None
+    raise ConfigError(NEEDED) from None
 
 VECTORS = "vectors.npy"
 """float32 [N, dimension], kept where a search reads it."""

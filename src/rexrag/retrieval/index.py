@@ -23,7 +23,7 @@ from typing import Any
 import bm25s
 import numpy as np
 
-from rexrag.errors import IndexFolderError
+from rexrag.errors import IndexFolderError, ModelError
 from rexrag.io import atomic_folder, sha256_file, write_json
 from rexrag.retrieval.base import CorpusRetriever, Ranker
 from rexrag.retrieval.bm25 import BM25Options, BM25Ranker, BM25Retriever
@@ -78,7 +78,8 @@ def load_index(
 
     `encoder` is where the encoder of a dense index lies now, if it has moved; it must be the same one.
     Raises IndexFolderError where the folder is missing, damaged, of another format, or was built from a
-    corpus other than the one with `corpus_digest` (see `corpus.documents_digest`), or by another encoder.
+    corpus other than the one with `corpus_digest` (see `corpus.documents_digest`), or by another encoder;
+    ModelError where the encoder cannot be loaded; ConfigError where the extra for vectors is not installed.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -89,10 +90,12 @@ def load_index(
             f"{corpus_digest[:12]}…); build the index again"
         )
     _check_files(folder, manifest["files"], verify)
+    if manifest["kind"] in ("dense", "hybrid"):
+        import rexrag.retrieval.dense  # noqa: F401 - here, because a missing extra is no damage
     try:
         documents = StoredDocuments(folder)
         ranker = OPENERS[manifest["kind"]](folder, manifest["options"], encoder)
-    except IndexFolderError:
+    except (IndexFolderError, ModelError):
         raise
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise IndexFolderError(f"{folder}: damaged: {error}") from None

@@ -8,7 +8,8 @@ Prompts are always sent as token ids. Ids come back in one of these places, in t
 | llama.cpp | `logprobs` | `logprobs.content[].id` |
 | older vLLM | `return_tokens_as_token_ids` and `logprobs` | `logprobs.tokens` as `token_id:N` |
 
-Where there are none the text is encoded anew: then the continuation is not token-exact, and it is counted.
+Where there are none the text is encoded anew: then the continuation is not token-exact. Records
+and summary of an evaluation count such turns as `encoded_anew`.
 """
 
 from __future__ import annotations
