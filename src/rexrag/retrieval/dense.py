@@ -94,6 +94,10 @@ class DenseOptions:
         effort = min(lists, self.effort or max(16, lists // 16))
         return DenseOptions(**{**asdict(self), "lists": lists, "code_bytes": code_bytes, "effort": effort})
 
+    def trained_on(self, documents: int) -> int:
+        """ivf-pq: vectors that lists and codes are learned from; faiss advises 30 to 256 a list."""
+        return min(documents, max(64 * self.lists, 65_536))
+
     @property
     def keeps_vectors(self) -> bool:
         return self.ann == "flat" or (self.ann == "ivf-pq" and self.refine > 0)
@@ -212,8 +216,7 @@ def _train(vectors: NDArray[np.float32], options: DenseOptions) -> Any:
     index = faiss.index_factory(
         dimension, f"IVF{options.lists},PQ{options.code_bytes}", faiss.METRIC_INNER_PRODUCT
     )
-    # faiss's own advice: 30 to 256 vectors a list.
-    count = min(len(vectors), max(64 * options.lists, 65_536))
+    count = options.trained_on(len(vectors))
     sample = np.sort(np.random.default_rng(0).choice(len(vectors), count, replace=False))
     index.train(np.ascontiguousarray(vectors[sample]))
     return index

@@ -52,10 +52,20 @@ def save_index(retriever: BM25Retriever, folder: str | Path) -> Path:
 
 
 def write_manifest(
-    folder: Path, kind: str, corpus_digest: str, documents: int, options: Mapping[str, Any]
+    folder: Path,
+    kind: str,
+    corpus_digest: str,
+    documents: int,
+    options: Mapping[str, Any],
+    counted: Callable[[int, int], None] = lambda done, files: None,
 ) -> None:
-    """The last file of an index folder; lists every other one."""
+    """The last file of an index folder; lists every other one. `counted` hears how many have been read."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    listed = {}
+    for done, file in enumerate(files):
+        counted(done, len(files))
+        listed[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    counted(len(files), len(files))
     manifest = {
         "format": FORMAT,
         "kind": kind,
@@ -63,10 +73,7 @@ def write_manifest(
         "corpus_digest": corpus_digest,
         "options": dict(options),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "files": {
-            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-            for file in files
-        },
+        "files": listed,
     }
     write_json(folder / MANIFEST, manifest)
 

@@ -108,7 +108,7 @@ def _dense(documents: int, sample: list[str], options: BuildOptions) -> tuple[fl
     }[dense.ann]
     disk = (vectors if dense.keeps_vectors else 0.0) + ann
     scratch = ann + (0.0 if dense.keeps_vectors else vectors)
-    training = 4.0 * min(documents, max(64 * dense.lists, 65_536)) * encoder.card.dimension
+    training = 4.0 * dense.trained_on(documents) * encoder.card.dimension
     memory = BASE_MEMORY + ENCODER_MEMORY + ann + (training if dense.ann == "ivf-pq" else 0.0)
     return disk, scratch if dense.ann != "flat" else 0.0, memory, encoding * documents
 

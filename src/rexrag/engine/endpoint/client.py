@@ -26,7 +26,7 @@ import httpx
 from rexrag.errors import ConfigError, EndpointError
 from rexrag.io import brief
 from rexrag.retrieval.address import is_loopback
-from rexrag.retrieval.client import pause, retry_after
+from rexrag.retrieval.client import may_pass, pause, retry_after
 
 TOKEN_VARIABLE = "REXRAG_POLICY_TOKEN"
 STOPS = ("</search>", "</answer>")
@@ -140,7 +140,7 @@ class CompletionClient:
                     cause = f"status {status}: {' '.join(response.text[:200].split())}"
                     if status in REFUSED:
                         raise ConfigError(f"{where}: {cause} (a token is read from ${TOKEN_VARIABLE})")
-                    if status != 429 and not response.is_server_error:
+                    if not may_pass(response):
                         raise EndpointError(f"{where}: {cause}")
                     asked = retry_after(response.headers.get("Retry-After"))
             if attempt < self.retries:
