@@ -116,12 +116,13 @@ def test_exact_search_over_blocks_is_a_matrix_product(monkeypatch: pytest.Monkey
     ],
 )
 def test_approximate_search_is_near_exact_and_opens_mapped(
-    options: DenseOptions, recall: float, tmp_path: Path
+    options: DenseOptions, recall: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     vectors, queries = random_vectors(3000), random_vectors(50, seed=1)
     settled = options.settled(len(vectors), 32)
     build_vectors(tmp_path, lambda start: map(str, range(start, 3000)), 3000, Vectors(vectors))  # type: ignore[arg-type]
     build_ann(tmp_path, settled)
+    assert capfd.readouterr() == ("", "")
     assert (tmp_path / "vectors.npy").exists() is settled.keeps_vectors
     ranker = DenseRanker(tmp_path, Vectors(vectors), settled)  # type: ignore[arg-type]
     exact = exact_nearest(vectors, queries, 10)

@@ -47,6 +47,8 @@ SAVE_EVERY = 1_000_000
 """Vectors added between two saves of an unfinished approximate index."""
 FEWEST_TRAINED = 256
 """A byte of product quantisation has this many centroids, and each needs a vector."""
+WELL_TRAINED = 39 * FEWEST_TRAINED
+"""With fewer vectors a centroid, faiss calls codes poor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +218,8 @@ def _train(vectors: NDArray[np.float32], options: DenseOptions) -> Any:
     index = faiss.index_factory(
         dimension, f"IVF{options.lists},PQ{options.code_bytes}", faiss.METRIC_INNER_PRODUCT
     )
+    # faiss would warn once a byte of code that few vectors make poor codes; the plan says so once.
+    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
     count = options.trained_on(len(vectors))
     sample = np.sort(np.random.default_rng(0).choice(len(vectors), count, replace=False))
     index.train(np.ascontiguousarray(vectors[sample]))

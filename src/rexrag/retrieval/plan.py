@@ -127,6 +127,13 @@ def _judged(found: Plan, options: BuildOptions, out: str | Path) -> Plan:
         )
     if options.lexical_part == "bm25" and found.documents > MANY_PASSAGES:
         warnings.append(f"bm25-disk is made for more than {MANY_PASSAGES:,} passages")
+    if options.dense_part and options.dense.get("ann") == "ivf-pq":
+        from rexrag.retrieval.dense import WELL_TRAINED
+
+        if found.documents < WELL_TRAINED:
+            warnings.append(
+                f"ivf-pq learns poor codes from fewer than {WELL_TRAINED:,} passages; flat is exact"
+            )
     if options.dense_part and options.dense.get("ann") == "hnsw":
         warnings.append("building the hnsw graph comes on top of the time and cannot be told beforehand")
     return Plan(**{**{name: getattr(found, name) for name in found.__slots__}, "warnings": tuple(warnings)})
