@@ -238,7 +238,7 @@ def test_a_service_that_is_terminated_finishes_what_it_has_begun(
             process.send_signal(signal.SIGTERM)
             request.join(20)
         assert json.loads(answers[0].content)["result"][0][0]["id"] == "d2"
-        process.wait(20)
+        process.wait(60)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{address}/health", trust_env=False)
     finally:

@@ -235,7 +235,7 @@ def test_serve_runs_until_interrupted(retriever: BM25Retriever, tmp_path: Path) 
     process = subprocess.Popen([sys.executable, "-c", code, str(folder), str(port)], env=environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
-            until = time.monotonic() + 30
+            until = time.monotonic() + 60
             while time.monotonic() < until:
                 try:
                     assert http.get("/health").json()["digest"] == retriever.digest
@@ -245,7 +245,7 @@ def test_serve_runs_until_interrupted(retriever: BM25Retriever, tmp_path: Path) 
             found = http.post("/retrieve", json={"queries": ["Thames"], "topk": 1}).json()
         assert found["result"][0][0]["id"] == "d2"
         process.send_signal(2)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
