@@ -2,12 +2,16 @@
 
     python benchmarks/retrieve.py [--sizes 12000,200000,1000000] [--json OUT.json]
     python benchmarks/retrieve.py --corpus corpus.jsonl --questions dev.jsonl     # a corpus of your own
+    python benchmarks/retrieve.py --corpus corpus.jsonl --questions dev.jsonl --grow 1000000
     python benchmarks/retrieve.py --encoder DIR [--sizes …]                       # flat, hnsw, ivf-pq too
 
 Corpora come from the fictional world, whose few hundred words are each in several per cent of the passages:
-the hardest case for BM25, since real text has rarer words. Each engine builds in a process of its own and
-searches in another (peak and resident memory are that process's); rounds of the engines are interleaved,
-medians are shown. Building hnsw and ivf-pq starts from the vectors that flat has encoded.
+the hardest case for BM25, since real text has rarer words. `--grow` makes more passages of your own corpus by
+drawing sentences from all of it, so that a word is in the same share of passages as there.
+
+Each engine builds in a process of its own and searches in another (peak and resident memory are that
+process's); rounds of the engines are interleaved, medians are shown. Building hnsw and ivf-pq starts from the
+vectors that flat has encoded.
 
 Exact: BM25 by its formula in float64, posting by posting (`exact_bm25`); for vectors, the matrix product.
 Recall@k counts a passage as right whose exact score is at least the k-th best, so equal passages are equally
@@ -22,6 +26,7 @@ import json
 import math
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -54,6 +59,22 @@ def make_corpus(folder: Path, passages: int) -> tuple[Path, Path]:
     if not (target / "dev.jsonl").is_file():
         World(0, max(12, round(passages / 2.08))).write(target, 10, max(20, min(1000, passages // 50)))
     return target / "corpus.jsonl", target / "dev.jsonl"
+
+
+def grow(folder: Path, corpus: Path, passages: int) -> Path:
+    """The corpus, and after it passages of sentences drawn from all of it, until there are so many."""
+    target = folder / f"grown-{passages}.jsonl"
+    rng = random.Random(0)
+    rows = [(document.title, document.text.split(". ")) for document in read_corpus(corpus)]
+    sentences = [sentence for _, text in rows for sentence in text]
+    with target.open("w", encoding="utf-8") as file:
+        for number in range(passages):
+            title, text = rows[number] if number < len(rows) else rng.choice(rows)
+            if number >= len(rows):
+                text = rng.choices(sentences, k=len(text))
+            row = {"id": str(number), "title": title, "text": ". ".join(text)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return target
 
 
 def read_questions(path: Path, limit: int) -> list[str]:
@@ -243,6 +264,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="12000,200000,1000000")
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--questions", type=Path)
+    parser.add_argument("--grow", type=int, default=0, help="make a corpus of your own this large")
     parser.add_argument(
         "--encoder", default="", help="a sentence-transformers folder: measures dense search too"
     )
@@ -265,9 +287,12 @@ def main() -> None:
         sizes = [0] if args.corpus else [int(size) for size in args.sizes.split(",")]
         for size in sizes:
             corpus, questions = (args.corpus, args.questions) if args.corpus else make_corpus(work, size)
+            if args.grow:
+                corpus = grow(work, corpus, args.grow)
             with tempfile.TemporaryDirectory(dir=work) as indexes:
                 rows = compare(corpus, questions, args, Path(indexes))
-            title = str(corpus) if args.corpus else f"fictional world, {size:,} passages"
+            title = str(args.corpus) if args.corpus else f"fictional world, {size:,} passages"
+            title += f", grown to {args.grow:,} passages" if args.grow else ""
             show(title, rows, args.topk)
             report["tables"][title] = rows
     if args.json:

@@ -206,6 +206,19 @@ def test_an_endpoint_is_evaluated(run, served):
     assert "the-model at http://127.0.0.1" in result["policy"]["name"] and len(server.requests) == 4
 
 
+@pytest.mark.parametrize(("dialect", "votes", "turns"), [("vllm", 1, 0), ("text", 1, 4), ("text", 2, 8)])
+def test_turns_that_an_endpoint_gives_as_text_are_counted(run, served, dialect, votes, turns):
+    server, words = served
+    server.dialect = dialect
+    code, out, err = run(*words, "--votes", str(votes))
+    assert code == 0, err
+    assert (f"{turns} turns came as text and were encoded anew" in " ".join(out.split())) == (turns > 0)
+    (cell,) = json.loads((words[words.index("--out") + 1] / "eval.json").read_text())["cells"]
+    assert cell["encoded_anew"] == turns
+    rows = (words[words.index("--out") + 1] / cell["folder"] / "records.jsonl").read_text().splitlines()
+    assert [json.loads(row)["encoded_anew"] for row in rows] == [votes if turns else 0] * 4
+
+
 def test_rows_that_an_endpoint_fails_are_summed_up_and_asked_again(run, served):
     from tests.engine.completions_server import says, status
 

@@ -1,5 +1,8 @@
 """Concurrent requests share searches and a cache, and are told to come back where too many wait."""
 
+import asyncio
+import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from rexrag.errors import RetrievalError
 from rexrag.retrieval.bm25 import BM25Retriever
@@ -180,6 +184,27 @@ def test_a_client_that_hangs_up_takes_no_answer_from_another() -> None:
     assert len(gate.calls) == 1
 
 
+def test_the_load_test_counts_what_failed(retriever: BM25Retriever) -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "serve.py"
+    spec = importlib.util.spec_from_file_location("serve_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+
+    def outcomes(app: FastAPI, query: str) -> set[str]:
+        bodies = itertools.repeat({"queries": [query], "topk": 1})
+        with running(app) as url:
+            figures = asyncio.run(benchmark.load(url, bodies, clients=3, seconds=0.2))
+        done = sum(figures["outcomes"].values())
+        assert figures["errors"] == done - figures["outcomes"].get("200", 0)
+        assert figures["p50_ms"] > 0
+        return set(figures["outcomes"])
+
+    assert outcomes(create_app(retriever), "Thames") == {"200"}
+    assert outcomes(create_app(retriever), "zyxwv") == {"empty"}
+    assert outcomes(create_app(Gate(fail=True)), "Thames") == {"502"}
+
+
 SLOW_SERVER = """
 import sys, time
 from rexrag.retrieval import service
@@ -213,7 +238,7 @@ def test_a_service_that_is_terminated_finishes_what_it_has_begun(
             process.send_signal(signal.SIGTERM)
             request.join(20)
         assert json.loads(answers[0].content)["result"][0][0]["id"] == "d2"
-        process.wait(20)
+        process.wait(60)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{address}/health", trust_env=False)
     finally:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -73,11 +74,14 @@ def test_exact_ranking_of_a_small_corpus() -> None:
 
 
 @given(
-    scores=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=30), topk=st.integers(1, 40)
+    scores=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=30),
+    topk=st.integers(1, 40),
+    block=st.integers(1, 9),
 )
-def test_best_places_is_a_full_sort_cut_off(scores: list[float], topk: int) -> None:
+def test_best_places_is_a_full_sort_cut_off(scores: list[float], topk: int, block: int) -> None:
     expected = sorted((i for i, s in enumerate(scores) if s > 0), key=lambda i: (-scores[i], i))[:topk]
-    assert best_places(np.array(scores, dtype=np.float32), topk) == expected
+    with patch("rexrag.retrieval.bm25.BLOCK", block):
+        assert best_places(np.array(scores, dtype=np.float32), topk) == expected
 
 
 def test_ties_go_by_corpus_order() -> None:

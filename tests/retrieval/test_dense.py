@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rexrag.config import RetrieverConfig
+from rexrag.data.world import World
 from rexrag.errors import ConfigError, IndexFolderError, ModelError
 from rexrag.io import write_jsonl
 from rexrag.retrieval import make_retriever
@@ -115,12 +116,13 @@ def test_exact_search_over_blocks_is_a_matrix_product(monkeypatch: pytest.Monkey
     ],
 )
 def test_approximate_search_is_near_exact_and_opens_mapped(
-    options: DenseOptions, recall: float, tmp_path: Path
+    options: DenseOptions, recall: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     vectors, queries = random_vectors(3000), random_vectors(50, seed=1)
     settled = options.settled(len(vectors), 32)
     build_vectors(tmp_path, lambda start: map(str, range(start, 3000)), 3000, Vectors(vectors))  # type: ignore[arg-type]
     build_ann(tmp_path, settled)
+    assert capfd.readouterr() == ("", "")
     assert (tmp_path / "vectors.npy").exists() is settled.keeps_vectors
     ranker = DenseRanker(tmp_path, Vectors(vectors), settled)  # type: ignore[arg-type]
     exact = exact_nearest(vectors, queries, 10)
@@ -238,6 +240,31 @@ def test_hybrid_has_what_either_side_finds(corpus: Path, minilm: str, tmp_path: 
     assert by_word[0].score == pytest.approx(2 / 61)
     assert by_meaning[0].id == "d4"
     assert len(list(read_corpus(corpus))) == len(found.documents)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("lexical", ["bm25", "bm25-disk"])
+def test_a_hybrid_index_ranks_by_the_ranks_of_its_parts(lexical: str, minilm: str, tmp_path: Path) -> None:
+    """Built, opened and searched from files; the order is that of 1 / (60 + rank) summed over both parts."""
+    world = World(seed=3, people=40)
+    write_jsonl(tmp_path / "c.jsonl", ({"id": d.id, "contents": d.contents} for d in world.documents))
+    for kind in (lexical, "dense", "hybrid"):
+        options = BuildOptions(kind=kind, lexical=lexical, encoder="" if kind == lexical else minilm)
+        build_index(tmp_path / "c.jsonl", tmp_path / kind, options)
+    words, vectors, both = (load_index(tmp_path / kind, verify=True) for kind in (lexical, "dense", "hybrid"))
+    questions = [question.text for question in world.questions("train", 12)]
+    moved = 0
+    for found, *parts in zip(
+        both.search(questions, 10), words.search(questions, 100), vectors.search(questions, 100), strict=True
+    ):
+        sums: dict[str, float] = {}
+        for ranking in parts:
+            for rank, document in enumerate(ranking, 1):
+                sums[document.id] = sums.get(document.id, 0.0) + 1 / (60 + rank)
+        assert [document.score for document in found] == pytest.approx(sorted(sums.values())[:-11:-1])
+        assert [document.score for document in found] == pytest.approx([sums[d.id] for d in found])
+        moved += all(found[0].id != ranking[0].id or found[1].id != ranking[1].id for ranking in parts)
+    # Neither part's own order would pass.
+    assert moved > 0
 
 
 @pytest.mark.slow

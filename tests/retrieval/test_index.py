@@ -3,13 +3,14 @@
 import json
 import mmap
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rexrag.errors import IndexFolderError
+from rexrag.errors import ConfigError, IndexFolderError
 from rexrag.retrieval.bm25 import BM25Options, BM25Retriever
 from rexrag.retrieval.corpus import documents_digest, read_corpus
 from rexrag.retrieval.index import MANIFEST, load_index, save_index
@@ -122,6 +123,14 @@ def edit_manifest(folder: Path, change) -> None:
 def test_a_manifest_that_does_not_fit_is_refused(folder: Path, change, message: str) -> None:
     edit_manifest(folder, change)
     with pytest.raises(IndexFolderError, match=message):
+        load_index(folder)
+
+
+def test_a_missing_extra_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.delitem(sys.modules, "rexrag.retrieval.dense", raising=False)
+    edit_manifest(folder, lambda m: m.update(kind="dense"))
+    with pytest.raises(ConfigError, match=r"pip install 'rexrag\[dense\]'"):
         load_index(folder)
 
 

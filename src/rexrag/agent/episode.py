@@ -143,6 +143,8 @@ class Episode:
         self.cue_length = 0
         self.failure = ""
         """Why an engine gave up on this rollout; empty where it did not."""
+        self.encoded_anew = 0
+        """Turns whose tokens an engine had to make from text; the others are as they were sampled."""
         self._begin_turn()
 
     # -- what an engine calls ------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ class Episode:
         probe.turns = self.turns[:-1]
         probe.stop = probe.answer = None
         probe.parent, probe.parent_index, probe.cut = self, parent_index, cut
-        probe.cue, probe.cue_length = None, 0
+        probe.cue, probe.cue_length, probe.encoded_anew = None, 0, 0
         probe._turn_start = last.start
         probe._turn_used = self.origins[last.start : cut].count(POLICY)
         if not cue and cut < self._room:

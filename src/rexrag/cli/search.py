@@ -112,7 +112,8 @@ def index_build(
     refuse_other_folder(out)
     needs = plan(corpus, out, options)
     # Progress goes to stderr, so that --json leaves stdout to the answer.
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False)
+    console.soft_wrap = not console.is_terminal  # a log keeps lines whole, a terminal breaks them at words
     console.print(
         f"{corpus}: about {needs.documents:,} passages. Will need about {_bytes(needs.disk)} of disk"
         + (f" (and {_bytes(needs.scratch)} while it is built)" if needs.scratch else "")

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich import box
 from rich.console import Console
@@ -77,11 +77,22 @@ class RunProgress:
 class BuildProgress:
     """How far an index build is: one live line a stage on a terminal, a plain line now and then elsewhere."""
 
+    LABELS: ClassVar = {
+        "documents": "copy passages",
+        "words": "index words",
+        "vectors": "encode passages",
+        "ann": "index vectors",
+        "checking": "check files",
+    }
+    DRAWN_SECONDS = 0.1
+    """A call a passage comes in; drawing them all would cost as much as indexing."""
+
     def __init__(self, console: Console) -> None:
         self.console = console
         self.live: Progress | None = None
         self.tasks: dict[str, Any] = {}
         self.begun: dict[str, tuple[float, int]] = {}
+        self.drawn, self.heard = 0.0, 0
         self.last = time.monotonic()
 
     def __enter__(self) -> BuildProgress:
@@ -109,12 +120,23 @@ class BuildProgress:
         start, first = self.begun.setdefault(stage, (now, done))
         if self.live is not None:
             if stage not in self.tasks:
-                self.tasks[stage] = self.live.add_task(stage, total=total)
+                self._finish_last()
+                self.tasks[stage] = self.live.add_task(self.LABELS[stage], total=total)
+            self.heard = done
+            if now - self.drawn < self.DRAWN_SECONDS and done < total:
+                return
+            self.drawn = now
             self.live.update(self.tasks[stage], completed=done, total=total)
         elif now - self.last > QUIET_SECONDS and done > first:
             self.last = now
             eta = (now - start) * (total - done) / (done - first)
-            self.console.print(f"{stage}: {done:,}/{total:,}  eta {eta:.0f} s")
+            self.console.print(f"{self.LABELS[stage]}: {done:,}/{total:,}  eta {eta:.0f} s")
+
+    def _finish_last(self) -> None:
+        """The stage before is done: its total may have been an estimate, and its last call was not drawn."""
+        if self.live is not None and self.tasks:
+            task = list(self.tasks.values())[-1]
+            self.live.update(task, completed=self.heard, total=self.heard)
 
 
 def format_interval(value: dict[str, float]) -> str:

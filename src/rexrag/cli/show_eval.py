@@ -97,6 +97,9 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
         console.print(_published(result, shown))
         for line in _reasons(result, shown):
             console.print(f"  {_plain(line)}")
+    anew = sum(cell.get("encoded_anew", 0) for cell in result["cells"])
+    if anew:
+        console.print(f"{anew:,} turns came as text and were encoded anew: not token-exact")
     _print_failures(console, result["failures"])
     console.print(f"figures {result['out']}/eval.json, one row a question in its cells/*/records.jsonl")
 

@@ -73,6 +73,8 @@ class Attempt:
     trace: list[str] = field(default_factory=list)
     """What was said, one text an episode: responses with evidence and notices in them."""
     votes: dict[str, int] | None = None
+    encoded_anew: int = 0
+    """Turns that an endpoint gave as text, so that their tokens may be split differently."""
 
     def add(self, episode: WatchedEpisode, bench: Bench, since: int = 0) -> None:
         """Count an episode in; `since`: its tokens from there on are new (a probe shares its parent's)."""
@@ -84,6 +86,7 @@ class Attempt:
         forced = len(turns) > episode.config.search_turns
         self.searches += searches_run(turns[first:], forced)
         self.invalid += invalid_turns(turns[first:])
+        self.encoded_anew += episode.encoded_anew
         known = {document.id for document in self.documents}
         self.documents += tuple(d for d in episode.documents if d.id not in known)
         self.failure = self.failure or episode.failure

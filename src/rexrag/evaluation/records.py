@@ -50,6 +50,7 @@ def record(attempt: Attempt, strategy: str) -> dict[str, Any]:
         "tokens": attempt.tokens,
         "read": attempt.read,
         "invalid": attempt.invalid,
+        "encoded_anew": attempt.encoded_anew,
         "seconds": round(attempt.seconds, 4),
         "stop": attempt.stop,
         "documents": [document.id for document in attempt.documents],
@@ -110,6 +111,8 @@ def cell_figures(chosen: QuestionSet, rows: Records, audit: Audit | None) -> dic
         "in_evidence": interval(recall) if recall else None,
         "read": mean([row["read"] for _, row in answered]),
         "seconds": {f"p{p}": float(np.percentile(seconds, p)) if seconds else 0.0 for p in (50, 95)},
+        # Rows of an earlier version do not say.
+        "encoded_anew": sum(row.get("encoded_anew", 0) for _, row in answered),
         "failed": len(asked) - len(answered),
         "asked": len(asked),
         "corpus": None if audit is None else audit.figures(),

@@ -204,6 +204,7 @@ def _majority(tries: Sequence[Attempt]) -> Attempt:
         next((one.failure for one in tries if one.failure), ""),
         [text for one in tries for text in one.trace],
         dict(counts),
+        sum(one.encoded_anew for one in tries),
     )
 
 

@@ -29,6 +29,8 @@ from rexrag.types import Document
 # It sets itself to DEBUG when imported and then reports every index that is built.
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 
+BLOCK = 256
+"""Scores whose best one is looked at first: most blocks hold nothing that can be among the k best."""
 STOP_WORDS = frozenset(STOPWORDS_EN)
 # A word; but not the "s" of "Mary's", which would match every other possessive.
 _WORD = re.compile(r"(?!(?<=['’])s\b)\w+")
@@ -121,12 +123,13 @@ class BM25Retriever(CorpusRetriever):
 
 def best_places(scores: NDArray[np.float32], topk: int) -> list[int]:
     """Places of the `topk` highest positive scores [N], highest first, ties by place."""
-    places = np.flatnonzero(scores > 0)
-    kept = scores[places]
-    if len(places) > topk:
-        # Everything from the k-th score up, so that ties at the border are settled by place, not by chance.
-        border = np.partition(kept, len(kept) - topk)[len(kept) - topk]
-        places = places[kept >= border]
-        kept = scores[places]
-    order: list[int] = places[np.argsort(-kept, kind="stable")[:topk]].tolist()
+    blocks = len(scores) // BLOCK
+    border = np.float32(0)
+    if blocks >= topk:
+        # The k best blocks hold k scores of at least the k-th block's best one, so lower ones cannot matter.
+        # Equal scores at the border stay in, so that ties are settled by place, not by chance.
+        best = scores[: blocks * BLOCK].reshape(blocks, BLOCK).max(1)
+        border = np.partition(best, blocks - topk)[blocks - topk]
+    places = np.flatnonzero(scores >= border if border > 0 else scores > 0)
+    order: list[int] = places[np.argsort(-scores[places], kind="stable")[:topk]].tolist()
     return order

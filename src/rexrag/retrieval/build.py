@@ -114,11 +114,14 @@ def build_index(
             recorded["dense"] = _dense(partial, stored, options, state, tell)
         whole = {**asdict(options.fusion), "parts": recorded} if options.kind == "hybrid" else None
         (partial / STATE).unlink()
-        tell("checking", 0, 1)
         write_manifest(
-            partial, options.kind, state["corpus_digest"], len(stored), whole or recorded[options.kind]
+            partial,
+            options.kind,
+            state["corpus_digest"],
+            len(stored),
+            whole or recorded[options.kind],
+            lambda done, files: tell("checking", done, files),
         )
-        tell("checking", 1, 1)
         replace_folder(partial, out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return {"documents": len(stored), "corpus_digest": state["corpus_digest"], "bytes": size}

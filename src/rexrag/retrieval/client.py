@@ -109,7 +109,7 @@ class RemoteRetriever:
                 if response.is_success:
                     return response
                 cause = f"status {response.status_code}: {response.text[:200].strip()}"
-                if response.status_code != 429 and not response.is_server_error:
+                if not may_pass(response):
                     raise RetrievalError(f"{self.url}: {cause}")
                 asked = retry_after(response.headers.get("Retry-After"))
             if attempt < self.retries:
@@ -137,6 +137,11 @@ def pause(attempt: int, asked: float | None, jitter: random.Random) -> float:
         return min(asked, LONGEST_PAUSE)
     doubled = FIRST_PAUSE * 2.0 ** min(attempt, 30)
     return min(doubled, LONGEST_PAUSE) * (0.5 + 0.5 * jitter.random())
+
+
+def may_pass(response: httpx.Response) -> bool:
+    """Whether the same request can succeed later: the server is busy or broken."""
+    return response.status_code == 429 or response.is_server_error
 
 
 def retry_after(header: str | None, now: Callable[[], float] = time.time) -> float | None:

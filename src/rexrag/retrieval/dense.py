@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,14 @@ from numpy.typing import NDArray
 from rexrag.errors import ConfigError, IndexFolderError
 from rexrag.io import write_text
 from rexrag.retrieval.base import Hits
-from rexrag.retrieval.encoder import Encoder
+from rexrag.retrieval.encoder import NEEDED, Encoder
 
+if not find_spec("sentence_transformers"):
+    raise ConfigError(NEEDED)
 try:
     import faiss
 except ImportError:
-    raise ConfigError(
-        "dense retrieval needs sentence-transformers and faiss: pip install 'rexrag[dense]'"
-    ) from None
+    raise ConfigError(NEEDED) from None
 
 VECTORS = "vectors.npy"
 """float32 [N, dimension], kept where a search reads it."""
@@ -46,6 +47,8 @@ SAVE_EVERY = 1_000_000
 """Vectors added between two saves of an unfinished approximate index."""
 FEWEST_TRAINED = 256
 """A byte of product quantisation has this many centroids, and each needs a vector."""
+WELL_TRAINED = 39 * FEWEST_TRAINED
+"""With fewer vectors a centroid, faiss calls codes poor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,10 @@ class DenseOptions:
             raise ConfigError(f"code_bytes is {code_bytes}; expected a divisor of the dimension {dimension}")
         effort = min(lists, self.effort or max(16, lists // 16))
         return DenseOptions(**{**asdict(self), "lists": lists, "code_bytes": code_bytes, "effort": effort})
+
+    def trained_on(self, documents: int) -> int:
+        """ivf-pq: vectors that lists and codes are learned from; faiss advises 30 to 256 a list."""
+        return min(documents, max(64 * self.lists, 65_536))
 
     @property
     def keeps_vectors(self) -> bool:
@@ -211,8 +218,9 @@ def _train(vectors: NDArray[np.float32], options: DenseOptions) -> Any:
     index = faiss.index_factory(
         dimension, f"IVF{options.lists},PQ{options.code_bytes}", faiss.METRIC_INNER_PRODUCT
     )
-    # faiss's own advice: 30 to 256 vectors a list.
-    count = min(len(vectors), max(64 * options.lists, 65_536))
+    # faiss would warn once a byte of code that few vectors make poor codes; the plan says so once.
+    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
+    count = options.trained_on(len(vectors))
     sample = np.sort(np.random.default_rng(0).choice(len(vectors), count, replace=False))
     index.train(np.ascontiguousarray(vectors[sample]))
     return index

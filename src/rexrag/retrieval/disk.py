@@ -22,7 +22,7 @@ from rexrag.retrieval.bm25 import BM25Options, split_words
 FOLDER = "tantivy"
 HEAP_BYTES = 128_000_000
 """What the writer collects before it writes a piece to disk."""
-TIES, MOST_TIES = 8, 4096
+TIES, MOST_TIES = 64, 4096
 """Further hits that are fetched so that ties at the border are settled by place; more where they tie too."""
 COMMIT_EVERY = 100_000
 """Documents between two commits: what a kill can cost."""

@@ -28,6 +28,9 @@ PREFIXES: tuple[tuple[str, str, str], ...] = (  # pattern of the name, query pre
 )
 
 
+NEEDED = "dense retrieval needs sentence-transformers and faiss: pip install 'rexrag[dense]'"
+
+
 @dataclass(frozen=True, slots=True)
 class EncoderCard:
     """What an index records of its encoder. Vectors of two encoders cannot be compared."""
@@ -68,9 +71,7 @@ class Encoder:
             from sentence_transformers import SentenceTransformer
             from transformers.utils.logging import disable_progress_bar
         except ImportError:
-            raise ConfigError(
-                "dense retrieval needs sentence-transformers and faiss: pip install 'rexrag[dense]'"
-            ) from None
+            raise ConfigError(NEEDED) from None
         if not model:
             raise ConfigError("no encoder is named; give a sentence-transformers folder or id")
         disable_progress_bar()

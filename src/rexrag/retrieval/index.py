@@ -23,7 +23,7 @@ from typing import Any
 import bm25s
 import numpy as np
 
-from rexrag.errors import IndexFolderError
+from rexrag.errors import IndexFolderError, ModelError
 from rexrag.io import atomic_folder, sha256_file, write_json
 from rexrag.retrieval.base import CorpusRetriever, Ranker
 from rexrag.retrieval.bm25 import BM25Options, BM25Ranker, BM25Retriever
@@ -52,10 +52,20 @@ def save_index(retriever: BM25Retriever, folder: str | Path) -> Path:
 
 
 def write_manifest(
-    folder: Path, kind: str, corpus_digest: str, documents: int, options: Mapping[str, Any]
+    folder: Path,
+    kind: str,
+    corpus_digest: str,
+    documents: int,
+    options: Mapping[str, Any],
+    counted: Callable[[int, int], None] = lambda done, files: None,
 ) -> None:
-    """The last file of an index folder; lists every other one."""
+    """The last file of an index folder; lists every other one. `counted` hears how many have been read."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    listed = {}
+    for done, file in enumerate(files):
+        counted(done, len(files))
+        listed[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    counted(len(files), len(files))
     manifest = {
         "format": FORMAT,
         "kind": kind,
@@ -63,10 +73,7 @@ def write_manifest(
         "corpus_digest": corpus_digest,
         "options": dict(options),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "files": {
-            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-            for file in files
-        },
+        "files": listed,
     }
     write_json(folder / MANIFEST, manifest)
 
@@ -78,7 +85,8 @@ def load_index(
 
     `encoder` is where the encoder of a dense index lies now, if it has moved; it must be the same one.
     Raises IndexFolderError where the folder is missing, damaged, of another format, or was built from a
-    corpus other than the one with `corpus_digest` (see `corpus.documents_digest`), or by another encoder.
+    corpus other than the one with `corpus_digest` (see `corpus.documents_digest`), or by another encoder;
+    ModelError where the encoder cannot be loaded; ConfigError where the extra for vectors is not installed.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -89,10 +97,12 @@ def load_index(
             f"{corpus_digest[:12]}…); build the index again"
         )
     _check_files(folder, manifest["files"], verify)
+    if manifest["kind"] in ("dense", "hybrid"):
+        import rexrag.retrieval.dense  # noqa: F401 - here, because a missing extra is no damage
     try:
         documents = StoredDocuments(folder)
         ranker = OPENERS[manifest["kind"]](folder, manifest["options"], encoder)
-    except IndexFolderError:
+    except (IndexFolderError, ModelError):
         raise
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise IndexFolderError(f"{folder}: damaged: {error}") from None

@@ -108,7 +108,7 @@ def _dense(documents: int, sample: list[str], options: BuildOptions) -> tuple[fl
     }[dense.ann]
     disk = (vectors if dense.keeps_vectors else 0.0) + ann
     scratch = ann + (0.0 if dense.keeps_vectors else vectors)
-    training = 4.0 * min(documents, max(64 * dense.lists, 65_536)) * encoder.card.dimension
+    training = 4.0 * dense.trained_on(documents) * encoder.card.dimension
     memory = BASE_MEMORY + ENCODER_MEMORY + ann + (training if dense.ann == "ivf-pq" else 0.0)
     return disk, scratch if dense.ann != "flat" else 0.0, memory, encoding * documents
 
@@ -127,6 +127,13 @@ def _judged(found: Plan, options: BuildOptions, out: str | Path) -> Plan:
         )
     if options.lexical_part == "bm25" and found.documents > MANY_PASSAGES:
         warnings.append(f"bm25-disk is made for more than {MANY_PASSAGES:,} passages")
+    if options.dense_part and options.dense.get("ann") == "ivf-pq":
+        from rexrag.retrieval.dense import WELL_TRAINED
+
+        if found.documents < WELL_TRAINED:
+            warnings.append(
+                f"ivf-pq learns poor codes from fewer than {WELL_TRAINED:,} passages; flat is exact"
+            )
     if options.dense_part and options.dense.get("ann") == "hnsw":
         warnings.append("building the hnsw graph comes on top of the time and cannot be told beforehand")
     return Plan(**{**{name: getattr(found, name) for name in found.__slots__}, "warnings": tuple(warnings)})

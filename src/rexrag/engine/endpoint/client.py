@@ -8,7 +8,8 @@ Prompts are always sent as token ids. Ids come back in one of these places, in t
 | llama.cpp | `logprobs` | `logprobs.content[].id` |
 | older vLLM | `return_tokens_as_token_ids` and `logprobs` | `logprobs.tokens` as `token_id:N` |
 
-Where there are none the text is encoded anew: then the continuation is not token-exact, and it is counted.
+Where there are none the text is encoded anew: then the continuation is not token-exact. Records
+and summary of an evaluation count such turns as `encoded_anew`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import httpx
 from rexrag.errors import ConfigError, EndpointError
 from rexrag.io import brief
 from rexrag.retrieval.address import is_loopback
-from rexrag.retrieval.client import pause, retry_after
+from rexrag.retrieval.client import may_pass, pause, retry_after
 
 TOKEN_VARIABLE = "REXRAG_POLICY_TOKEN"
 STOPS = ("</search>", "</answer>")
@@ -139,7 +140,7 @@ class CompletionClient:
                     cause = f"status {status}: {' '.join(response.text[:200].split())}"
                     if status in REFUSED:
                         raise ConfigError(f"{where}: {cause} (a token is read from ${TOKEN_VARIABLE})")
-                    if status != 429 and not response.is_server_error:
+                    if not may_pass(response):
                         raise EndpointError(f"{where}: {cause}")
                     asked = retry_after(response.headers.get("Retry-After"))
             if attempt < self.retries:

@@ -90,8 +90,6 @@ class EndpointSession:
         self.policy = policy
         self.generated_tokens = 0
         self.prefilled_tokens = 0
-        self.encoded_anew = 0
-        """Turns whose tokens had to be made from text: the rest were token-exact."""
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -131,15 +129,22 @@ class EndpointSession:
     def _turn(self, episode: Episode, temperature: float, stream: str) -> None:
         """Ask for the rest of a turn and feed it in."""
         prefix, limit = [*episode.prompt, *episode.tokens], episode.tokens_left
-        for token in self._tokens(prefix, limit, temperature, f"{stream}/{len(episode.tokens)}"):
+        tokens, exact = self._tokens(prefix, limit, temperature, f"{stream}/{len(episode.tokens)}")
+        episode.encoded_anew += not exact
+        for token in tokens:
             episode.sampled(token, nan)
             with self._lock:
                 self.generated_tokens += 1
             if episode.state is not State.SAMPLE:
                 return  # the server wrote past the action
 
-    def _tokens(self, prefix: list[int], limit: int, temperature: float, stream: str) -> list[int]:
-        """The sampled tokens of a turn, `limit` at most; an end token is last where the server ended it."""
+    def _tokens(
+        self, prefix: list[int], limit: int, temperature: float, stream: str
+    ) -> tuple[list[int], bool]:
+        """The tokens of a turn, `limit` at most, and whether they are the very ones that were sampled.
+
+        An end token is last where the server ended the turn.
+        """
         codec = self.policy.codec
         seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big") >> 1
         done = self.policy.client.complete(prefix, limit, temperature, seed)
@@ -153,10 +158,7 @@ class EndpointSession:
             elif not (ids and ids[-1] in codec.eos_ids) and not any(stop in text for stop in STOPS):
                 named = done.stopped_by
                 ids.append(named if type(named) is int and named in codec.eos_ids else _end_token(codec))
-        if not exact:
-            with self._lock:
-                self.encoded_anew += 1
-        return ids
+        return ids, exact
 
 
 def _trimmed_stop(text: str, stopped_by: str | int | None, names_stop: bool) -> str:
