@@ -98,6 +98,8 @@ def train(
         print(json.dumps(dict(summaries) | {"report": str(page)}))
         return
     console.print(summary_table(summaries))
+    for label, summary in summaries:
+        console.print(f"{label}: {summary['steps']} steps, {summary['seconds']:.0f} s")
     console.print(f"run folder {folder}\npage       {page}")
 
 
