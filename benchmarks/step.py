@@ -1,6 +1,6 @@
 """Wall time of a whole training step by phase, and how it grows.
 
-    python benchmarks/step.py                                              # the quickstart's step, then growth
+    python benchmarks/step.py                               # the quickstart's step, then growth
     python benchmarks/step.py --model models/smollm2-2wiki --questions 8 --no-growth
     python benchmarks/step.py --only-growth --sweeps rollouts,turns
 
