@@ -102,6 +102,8 @@ def one_round(
     base_tokens = run(episodes, seed)
     base_seconds = time.perf_counter() - start
     probes = forks(episodes, trie.cues, probability, seed)
+    if not probes:
+        raise SystemExit("no rollout answered, or the coin spared them all: there is nothing to probe")
     start = time.perf_counter()
     probe_tokens = run(probes, seed + 1)
     probe_seconds = time.perf_counter() - start
