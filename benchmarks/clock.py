@@ -1,0 +1,61 @@
+"""Seconds that a model and its optimizer take, whoever calls them: the rest of a step is its overhead."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class ModelClock:
+    """Adds up the time inside a model's decoder and head, backward passes and optimizer steps (CPU)."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth, self._began = 0, 0.0
+
+    def enter(self, *_: Any) -> None:
+        if self._depth == 0:
+            self._began = time.perf_counter()
+        self._depth += 1
+
+    def leave(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.seconds += time.perf_counter() - self._began
+
+    def timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.enter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self.leave()
+
+        return run
+
+
+@contextmanager
+def model_clock(model: Any, optimizer: torch.optim.Optimizer | None = None) -> Iterator[ModelClock]:
+    """Watch a Hugging Face model: its decoder and its head (its own or called alone), and what trains it."""
+    clock = ModelClock()
+    parts: list[nn.Module] = [model.base_model, model.get_output_embeddings()]
+    hooks = [part.register_forward_pre_hook(clock.enter) for part in parts]
+    hooks += [part.register_forward_hook(clock.leave) for part in parts]
+    backward = torch.Tensor.backward
+    torch.Tensor.backward = clock.timed(backward)  # type: ignore[method-assign]
+    step = None if optimizer is None else optimizer.step
+    if optimizer is not None:
+        optimizer.step = clock.timed(optimizer.step)  # type: ignore[method-assign]
+    try:
+        yield clock
+    finally:
+        torch.Tensor.backward = backward  # type: ignore[method-assign]
+        if optimizer is not None:
+            optimizer.step = step  # type: ignore[method-assign]
+        for hook in hooks:
+            hook.remove()
