@@ -179,6 +179,8 @@ def build_vectors(
         path, mode="r+" if done else "w+", dtype=np.float32, shape=None if done else shape
     )
     stream: Iterator[str] = iter(texts(done))
+    if counted is not None:
+        counted(done)  # the first chunk can take half a minute
     while chunk := list(islice(stream, CHUNK)):
         vectors[done : done + len(chunk)] = encoder.passages(chunk)
         done += len(chunk)
@@ -195,6 +197,8 @@ def build_ann(folder: Path, options: DenseOptions, counted: Callable[[int], None
         partial = folder / f"{ANN}.partial"
         index = faiss.read_index(str(partial)) if partial.is_file() else _train(vectors, options)
         saved = index.ntotal
+        if counted is not None:
+            counted(index.ntotal)
         while index.ntotal < len(vectors):
             index.add(np.ascontiguousarray(vectors[index.ntotal : index.ntotal + BLOCK // 10]))
             if counted is not None:
