@@ -268,8 +268,12 @@ def test_a_hybrid_index_ranks_by_the_ranks_of_its_parts(lexical: str, minilm: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ann", ["hnsw", "ivf-pq"])
-def test_recall_on_real_passages(ann: str, shared: Path, encoder: Encoder, tmp_path: Path) -> None:
+# hnsw was measured at 0.9985 with a standard error of 0.0009 over these 200 questions (6,119 passages); 0.99
+# leaves room for another faiss. ivf-pq has not been measured: 0.95 is what is asked of it, not what it gave.
+@pytest.mark.parametrize(("ann", "least"), [("hnsw", 0.99), ("ivf-pq", 0.95)])
+def test_recall_on_real_passages(
+    ann: str, least: float, shared: Path, encoder: Encoder, tmp_path: Path
+) -> None:
     """2WikiMultihopQA's passages and questions: recall@10 against the exact search."""
     texts = [document.contents for document in read_corpus(shared / "data" / "2wiki" / "corpus.jsonl")]
     rows = (shared / "data" / "2wiki" / "dev.jsonl").read_text(encoding="utf-8").splitlines()
@@ -283,4 +287,4 @@ def test_recall_on_real_passages(ann: str, shared: Path, encoder: Encoder, tmp_p
         exact_nearest(vectors, queries, 10),
     )
     hits = [len({p for p, _ in a} & {p for p, _ in b}) / 10 for a, b in zip(ours, truth, strict=True)]
-    assert np.mean(hits) > 0.95
+    assert np.mean(hits) > least
