@@ -222,6 +222,8 @@ def _train(vectors: NDArray[np.float32], options: DenseOptions) -> Any:
     index = faiss.index_factory(
         dimension, f"IVF{options.lists},PQ{options.code_bytes}", faiss.METRIC_INNER_PRODUCT
     )
+    # It reorders centroids for a Hamming filter that no search here uses, and takes most of the training.
+    index.do_polysemous_training = False
     # faiss would warn once a byte of code that few vectors make poor codes; the plan says so once.
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
     count = options.trained_on(len(vectors))
