@@ -269,8 +269,9 @@ def test_a_hybrid_index_ranks_by_the_ranks_of_its_parts(lexical: str, minilm: st
 
 @pytest.mark.slow
 # hnsw was measured at 0.9985 with a standard error of 0.0009 over these 200 questions (6,119 passages); 0.99
-# leaves room for another faiss. ivf-pq has not been measured: 0.95 is what is asked of it, not what it gave.
-@pytest.mark.parametrize(("ann", "least"), [("hnsw", 0.99), ("ivf-pq", 0.95)])
+# leaves room for another faiss. ivf-pq (64 of 152 lists) was measured at 0.992, standard error 0.002; with 16
+# lists it was 0.894.
+@pytest.mark.parametrize(("ann", "least"), [("hnsw", 0.99), ("ivf-pq", 0.97)])
 def test_recall_on_real_passages(
     ann: str, least: float, shared: Path, encoder: Encoder, tmp_path: Path
 ) -> None:

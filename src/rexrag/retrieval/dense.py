@@ -61,7 +61,7 @@ class DenseOptions:
     build_effort: int = 100
     """hnsw: efConstruction."""
     effort: int = 0
-    """Candidates looked at: hnsw efSearch (default 128), ivf-pq lists probed (default 1/16 of them)."""
+    """Candidates looked at: hnsw efSearch (default 128), ivf-pq lists probed (default 1/16, at least 64)."""
     lists: int = 0
     """ivf-pq: default 4·√N, as faiss's guidelines have it, and at least 40 vectors a list."""
     code_bytes: int = 0
@@ -93,7 +93,7 @@ class DenseOptions:
         code_bytes = self.code_bytes or max(m for m in range(1, dimension // 4 + 1) if dimension % m == 0)
         if dimension % code_bytes:
             raise ConfigError(f"code_bytes is {code_bytes}; expected a divisor of the dimension {dimension}")
-        effort = min(lists, self.effort or max(16, lists // 16))
+        effort = min(lists, self.effort or max(64, lists // 16))
         return DenseOptions(**{**asdict(self), "lists": lists, "code_bytes": code_bytes, "effort": effort})
 
     def trained_on(self, documents: int) -> int:
