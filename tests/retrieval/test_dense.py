@@ -166,7 +166,7 @@ def test_a_killed_graph_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(KeyboardInterrupt):
         build_ann(tmp_path, options, stop)
     build_ann(tmp_path, options, seen.append)
-    assert seen == [100, 200, 300, 400, 300, 400, 500]
+    assert seen == [0, 100, 200, 300, 400, 200, 300, 400, 500]
 
 
 @pytest.mark.parametrize(
@@ -268,8 +268,13 @@ def test_a_hybrid_index_ranks_by_the_ranks_of_its_parts(lexical: str, minilm: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ann", ["hnsw", "ivf-pq"])
-def test_recall_on_real_passages(ann: str, shared: Path, encoder: Encoder, tmp_path: Path) -> None:
+# hnsw was measured at 0.9985 with a standard error of 0.0009 over these 200 questions (6,119 passages); 0.99
+# leaves room for another faiss. ivf-pq (64 of 152 lists) was measured at 0.992, standard error 0.002; with 16
+# lists it was 0.894.
+@pytest.mark.parametrize(("ann", "least"), [("hnsw", 0.99), ("ivf-pq", 0.97)])
+def test_recall_on_real_passages(
+    ann: str, least: float, shared: Path, encoder: Encoder, tmp_path: Path
+) -> None:
     """2WikiMultihopQA's passages and questions: recall@10 against the exact search."""
     texts = [document.contents for document in read_corpus(shared / "data" / "2wiki" / "corpus.jsonl")]
     rows = (shared / "data" / "2wiki" / "dev.jsonl").read_text(encoding="utf-8").splitlines()
@@ -283,4 +288,4 @@ def test_recall_on_real_passages(ann: str, shared: Path, encoder: Encoder, tmp_p
         exact_nearest(vectors, queries, 10),
     )
     hits = [len({p for p, _ in a} & {p for p, _ in b}) / 10 for a, b in zip(ours, truth, strict=True)]
-    assert np.mean(hits) > 0.95
+    assert np.mean(hits) > least

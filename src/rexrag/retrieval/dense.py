@@ -61,7 +61,7 @@ class DenseOptions:
     build_effort: int = 100
     """hnsw: efConstruction."""
     effort: int = 0
-    """Candidates looked at: hnsw efSearch (default 128), ivf-pq lists probed (default 1/16 of them)."""
+    """Candidates looked at: hnsw efSearch (default 128), ivf-pq lists probed (default 1/16, at least 64)."""
     lists: int = 0
     """ivf-pq: default 4·√N, as faiss's guidelines have it, and at least 40 vectors a list."""
     code_bytes: int = 0
@@ -93,7 +93,7 @@ class DenseOptions:
         code_bytes = self.code_bytes or max(m for m in range(1, dimension // 4 + 1) if dimension % m == 0)
         if dimension % code_bytes:
             raise ConfigError(f"code_bytes is {code_bytes}; expected a divisor of the dimension {dimension}")
-        effort = min(lists, self.effort or max(16, lists // 16))
+        effort = min(lists, self.effort or max(64, lists // 16))
         return DenseOptions(**{**asdict(self), "lists": lists, "code_bytes": code_bytes, "effort": effort})
 
     def trained_on(self, documents: int) -> int:
@@ -179,6 +179,8 @@ def build_vectors(
         path, mode="r+" if done else "w+", dtype=np.float32, shape=None if done else shape
     )
     stream: Iterator[str] = iter(texts(done))
+    if counted is not None:
+        counted(done)  # the first chunk can take half a minute
     while chunk := list(islice(stream, CHUNK)):
         vectors[done : done + len(chunk)] = encoder.passages(chunk)
         done += len(chunk)
@@ -195,6 +197,8 @@ def build_ann(folder: Path, options: DenseOptions, counted: Callable[[int], None
         partial = folder / f"{ANN}.partial"
         index = faiss.read_index(str(partial)) if partial.is_file() else _train(vectors, options)
         saved = index.ntotal
+        if counted is not None:
+            counted(index.ntotal)
         while index.ntotal < len(vectors):
             index.add(np.ascontiguousarray(vectors[index.ntotal : index.ntotal + BLOCK // 10]))
             if counted is not None:
@@ -218,6 +222,8 @@ def _train(vectors: NDArray[np.float32], options: DenseOptions) -> Any:
     index = faiss.index_factory(
         dimension, f"IVF{options.lists},PQ{options.code_bytes}", faiss.METRIC_INNER_PRODUCT
     )
+    # It reorders centroids for a Hamming filter that no search here uses, and takes most of the training.
+    index.do_polysemous_training = False
     # faiss would warn once a byte of code that few vectors make poor codes; the plan says so once.
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
     count = options.trained_on(len(vectors))
