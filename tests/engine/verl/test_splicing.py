@@ -78,7 +78,6 @@ def test_a_step_on_verl_trains_spliced_rows(run, resumed, tmp_path):
     with zstandard.open(io.BytesIO((resumed / "rollouts.jsonl.zst").read_bytes()), "rt") as file:
         traces = [trace for trace in map(json.loads, file) if trace["step"] == 3]
     config = load_config(resumed / "config.toml")
-    assert config.method.realignment == "internalize"
     cues = {t["tokens"][i] for t in traces for i, o in enumerate(t["origins"]) if o == C}
     flat = load_file(resumed / "updates" / "step-3.safetensors")
     rows = [
