@@ -186,10 +186,10 @@ def search(engine: str, corpus: Path, index: Path, queries: list[str], topk: int
     return {"open_s": opened, "queries_s": len(queries) / seconds, "resident_mb": resident(), "found": found}
 
 
-def child(task: dict[str, Any]) -> dict[str, Any]:
-    """Run one task in a new process, so that its memory is its own."""
+def child(task: dict[str, Any], script: str = __file__) -> dict[str, Any]:
+    """Run one task of a script in a new process, so that its memory is its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(task)], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, script, "--child", json.dumps(task)], stdout=subprocess.PIPE, text=True, check=True
     )
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer

@@ -18,7 +18,6 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieve import BATCH, resident, show
+from retrieve import BATCH, child, resident, show
 from rexrag.retrieval.dense import (
     VECTORS,
     DenseOptions,
@@ -102,14 +101,6 @@ def search(index: Path, options: DenseOptions, queries: NDArray[np.float32], top
     }
 
 
-def child(task: dict[str, Any]) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(task)], stdout=subprocess.PIPE, text=True, check=True
-    )
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
-
-
 def run_child(task: dict[str, Any]) -> None:
     vectors, index, options = Path(task["vectors"]), Path(task["index"]), DenseOptions(**task["options"])
     if task["do"] == "build":
@@ -127,12 +118,16 @@ def compare(folder: Path, count: int, args: argparse.Namespace) -> list[dict[str
         options = asdict(DenseOptions(engine).settled(count, args.dimension))
         index = str(folder / engine)
         tasks[engine] = {"vectors": str(folder), "index": index, "options": options, "topk": args.topk}
-        rows[engine] = {"engine": engine, "options": options, **child({**tasks[engine], "do": "build"})}
+        rows[engine] = {
+            "engine": engine,
+            "options": options,
+            **child({**tasks[engine], "do": "build"}, __file__),
+        }
         print(f"  {engine}: built in {rows[engine]['build_s']:.1f} s", file=sys.stderr, flush=True)
     rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in tasks}
     for _ in range(args.rounds):
         for engine, task in tasks.items():
-            rounds[engine].append(child({**task, "do": "search"}))
+            rounds[engine].append(child({**task, "do": "search"}, __file__))
     for engine, row in rows.items():
         for name in ("open_s", "queries_s", "resident_mb"):
             row[name] = statistics.median(found[name] for found in rounds[engine])

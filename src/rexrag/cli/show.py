@@ -12,7 +12,14 @@ from typing import Any, ClassVar
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from rexrag.config import Config
@@ -20,6 +27,19 @@ from rexrag.io import printable
 
 QUIET_SECONDS = 10.0
 """Where the output is no terminal, a line of progress this often."""
+
+
+def live_line(console: Console, *columns: ProgressColumn, width: int = 24) -> Progress:
+    """A live line: what, a bar, `columns`, the time so far and the time to go."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=width),
+        *columns,
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 class RunProgress:
@@ -34,15 +54,8 @@ class RunProgress:
     def started(self, config: Config, folder: Path) -> None:
         if not self.console.is_terminal:
             return
-        self.live = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:3.0f}%"),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=self.console,
+        self.live = live_line(
+            self.console, TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.fields[note]}")
         )
         self.live.start()
         self.task = self.live.add_task(self.label, total=1.0, note="evaluating the start")
@@ -97,15 +110,7 @@ class BuildProgress:
 
     def __enter__(self) -> BuildProgress:
         if self.console.is_terminal:
-            self.live = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
+            self.live = live_line(self.console, TextColumn("{task.completed:,.0f}/{task.total:,.0f}"))
             self.live.start()
         return self
 

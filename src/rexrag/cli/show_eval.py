@@ -8,16 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
-from rexrag.cli.show import QUIET_SECONDS, format_interval, format_points, table
+from rexrag.cli.show import QUIET_SECONDS, format_interval, format_points, live_line, table
 from rexrag.data.benchmarks import BENCHMARKS
 from rexrag.evaluation.plan import Cell
 from rexrag.io import printable
@@ -42,15 +35,8 @@ class EvalProgress:
         if cached:
             self.console.print(f"{cached:,} answers are cached, {total:,} questions to ask")
         if total and self.console.is_terminal:
-            self.live = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                console=self.console,
+            self.live = live_line(
+                self.console, MofNCompleteColumn(), TextColumn("{task.fields[note]}"), width=20
             )
             self.live.start()
             self.task = self.live.add_task("evaluating", total=total, note="loading")
