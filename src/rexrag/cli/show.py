@@ -188,10 +188,9 @@ def summary_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
                 format_interval(summary["em_before"]) if has_eval else "–",
                 format_interval(summary["em_after"]) if has_eval else "–",
                 format_points(summary["rise"]) if has_eval else "–",
-                f"{summary['generated_tokens']:,}",
             )
         )
-    columns = ("run", "EM before", "EM after", "rise in points", "tokens")
+    columns = ("run", "EM before", "EM after", "rise in points")
     return table("Held-out exact match with 95 % bootstrap intervals", columns, rows, narrow=True)
 
 

@@ -99,7 +99,10 @@ def train(
         return
     console.print(summary_table(summaries))
     for label, summary in summaries:
-        console.print(f"{label}: {summary['steps']} steps, {summary['seconds']:.0f} s")
+        console.print(
+            f"{label}: {summary['steps']} steps, {summary['generated_tokens']:,} generated tokens, "
+            f"{summary['seconds']:.0f} s"
+        )
     console.print(f"run folder {folder}\npage       {page}")
 
 
