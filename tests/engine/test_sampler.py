@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from rexrag.agent.episode import State
-from rexrag.engine.local import sampler
+from rexrag.engine.local import repack, sampler
 from rexrag.engine.local.attention import use_packed_attention
 from rexrag.engine.local.cache import CacheShape, capacity_for
 from rexrag.engine.local.draw import draw, find, invert, streams, uniforms
+from rexrag.engine.local.repack import Repacked
 from rexrag.engine.local.sampler import LocalSession
 from rexrag.errors import DataError, ModelError, RetrievalError
 from rexrag.types import Origin
@@ -351,3 +352,16 @@ def test_random_numbers_are_even_and_apart():
     for a, b in ((numbers[:-1], numbers[1:]), (numbers[:, :-1], numbers[:, 1:])):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.02
     assert len(set(streams(0, [0, 1, 2]) + streams(1, [0, 1, 2]) + streams(0, [1, 1, 1]))) == 8
+
+
+def test_repacked_weights_change_nothing_and_leave_nothing_behind(model, monkeypatch):
+    ids = torch.arange(1, 12)[None]
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits
+        repacked = Repacked(model)
+        with repacked.used():
+            assert torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-5)
+    assert not any("forward" in vars(layer) for layer in model.modules())
+    monkeypatch.setattr(repack, "REPACKED_BYTES", 100)
+    assert not Repacked(model)._copies
+    assert not Repacked(qwen2().to(torch.bfloat16))._copies

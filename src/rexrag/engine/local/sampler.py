@@ -21,6 +21,7 @@ from rexrag.agent.episode import Episode, State
 from rexrag.engine.local.attention import hidden_states, token_logps
 from rexrag.engine.local.cache import Bank, Cache, CachedPlan, CacheShape, Decode, Row
 from rexrag.engine.local.draw import draw, streams, uniforms
+from rexrag.engine.local.repack import Repacked
 from rexrag.errors import DataError, ModelError
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Origin
@@ -72,6 +73,7 @@ class LocalSession:
         self.prefilled_tokens = 0
         self._model, self._shape = model, shape
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self._weights = Repacked(model)
         self._cache: Cache[LiveRow] = Cache(shape)
         self._known: dict[int, LiveRow] = {}  # by id of the episode, which the row keeps alive
         self._prompts: dict[tuple[int, ...], LiveRow] = {}
@@ -81,8 +83,9 @@ class LocalSession:
         self._waited = 0
 
     def close(self) -> None:
-        """Free every cache."""
+        """Free every cache and copy."""
         self._cache.banks.clear()
+        self._weights.clear()
         self._known.clear()
         self._prompts.clear()
         self._saved.clear()
@@ -102,12 +105,13 @@ class LocalSession:
         rows = [LiveRow(episode=e, stream=s) for e, s in zip(episodes, streams(seed, cuts), strict=True)]
         queue = deque(row for row in rows if row.episode.state is not State.DONE)
         try:
-            while queue or self._cache.banks:
-                self._admit(queue)
-                self._ask(retriever)
-                rows, plan = self._plan()
-                if rows:
-                    self._sample(*self._append(rows, plan, temperature), temperature)
+            with self._weights.used():
+                while queue or self._cache.banks:
+                    self._admit(queue)
+                    self._ask(retriever)
+                    rows, plan = self._plan()
+                    if rows:
+                        self._sample(*self._append(rows, plan, temperature), temperature)
         except BaseException:
             self.close()
             raise
