@@ -50,7 +50,11 @@ function layoutOf(chart, node, traces) {
   return layout;
 }
 
-const CONFIG = {responsive: true, displayModeBar: false};
+const CONFIG = {displayModeBar: false};
+// A plot follows its card, which also changes where the window does not (a scroll bar, a print).
+const follow = new ResizeObserver((seen) => {
+  for (const {target} of seen) if (target.querySelector(".main-svg")) Plotly.Plots.resize(target);
+});
 
 function draw(chart, place) {
   const node = byId(`chart-${place}`);
@@ -67,6 +71,7 @@ function draw(chart, place) {
 
 const drawAll = () => DATA.charts.forEach(draw);
 drawAll();
+DATA.charts.forEach((_, place) => follow.observe(byId(`chart-${place}`)));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 if (byId("arm")) byId("arm").addEventListener("change", drawAll);
 
