@@ -107,6 +107,29 @@ def test_the_oracle_filter_keeps_right_probes():
     assert [p.em for p, k in zip(step.probes, step.kept.tolist(), strict=True) if k] == [1.0, 1.0]
 
 
+def test_the_right_filter_keeps_right_probes_alone_and_few_of_a_group():
+    def half(question, turn, attempt):
+        wrong_probe = question.id == "hard" and attempt >= ROLLOUTS and attempt % 2 == 0
+        return "</think><answer>Rome</answer>" if wrong_probe else script(question, turn, attempt)
+
+    step, _ = run("method.filter=right", "method.keep_ratio=1.0", said=half)
+    assert [p.em for p in step.probes].count(0.0) == 2
+    assert [p.em for p, k in zip(step.probes, step.kept.tolist(), strict=True) if k] == [1.0, 1.0]
+    one, _ = run("method.filter=right", "method.keep_ratio=1.0", "method.keep_per_group=1", said=half)
+    assert [p.em for p, k in zip(one.probes, one.kept.tolist(), strict=True) if k] == [1.0]
+
+
+def test_an_unclipped_tail_is_that_of_weight_one_without_the_clip():
+    one, _ = run("method.realignment=internalize")
+    free, _ = run("method.realignment=internalize", "method.tail=unclipped")
+    assert [s.behaviour_logp for s in free.samples] == [s.behaviour_logp for s in one.samples]
+    for row, sample, plain in zip(free.rows, free.samples, one.samples, strict=True):
+        assert plain.truncated == ()
+        tail = [row.cut >= 0 and t >= row.cut for t in range(len(row.tokens))]
+        assert list(sample.truncated) == tail
+    assert any(any(sample.truncated) for sample in free.samples)
+
+
 def test_internalized_rows_hold_no_cue_and_their_scoring_is_counted():
     step, _ = run("method.realignment=internalize")
     for row in step.rows[8:]:

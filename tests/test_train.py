@@ -9,7 +9,7 @@ import torch
 
 from rexrag import presets
 from rexrag import train as loop
-from rexrag.config import parse_config
+from rexrag.config import load_config, parse_config
 from rexrag.errors import CheckpointError, DataError, RunFolderError
 from rexrag.method import CueTrie
 from rexrag.runs import free_folder, last_checkpoint
@@ -130,6 +130,28 @@ def test_an_interrupt_finishes_the_step_saves_and_can_be_resumed(tmp_path, fake,
     for figure in ("steps", "generated_tokens", "prefilled_tokens"):
         assert resumed[figure] == whole[figure]
     assert [r["step"] for r in rows(tmp_path / "cut" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_resume_with_other_settings_says_so_and_keeps_the_old_ones(tmp_path, fake):
+    folder = tmp_path / "run"
+    train(config("train.steps=2"), folder)
+    train(config("train.steps=2"), folder, resume=True)
+    assert not list(folder.glob("config-to-step-*"))
+    train(config("train.steps=4", "learner.lr=1e-5"), folder, resume=True)
+    assert load_config(folder / "config.toml") == config("train.steps=4", "learner.lr=1e-5")
+    assert load_config(folder / "config-to-step-2.toml") == config("train.steps=2")
+
+
+def test_fewer_dead_ends_are_probed_once_probes_fail(tmp_path, fake):
+    """Half of the scripted probes are right: with a target of one, p falls towards a half."""
+    settings = ["train.steps=60", "method.probe_probability=1.0", "train.log_rollouts=0", "train.evals=0"]
+    drawn = {}
+    for target in (0.0, 0.4, 1.0):
+        train(config(*settings, f"method.probe_target={target}"), tmp_path / f"{target}")
+        drawn[target] = [row["probes/drawn"] for row in rows(tmp_path / f"{target}" / "metrics.jsonl")]
+    assert drawn[0.0] == drawn[0.4] and min(drawn[0.0]) == max(drawn[0.0]) > 0
+    assert drawn[1.0][0] == drawn[0.0][0]
+    assert 0.3 < sum(drawn[1.0][30:]) / sum(drawn[0.0][30:]) < 0.7
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, fake):

@@ -109,6 +109,8 @@ class MethodConfig(Model):
     """False is plain GRPO."""
     probe_probability: Unit = 0.2
     """p: chance that a dead end is probed."""
+    probe_target: Unit = 0.0
+    """Above 0: p falls in proportion once fewer of the recent probes than this are right."""
     dead_ends: tuple[DeadEnd, ...] = (DeadEnd.WRONG,)
     probe_forced_turn: bool = False
     """Probe answers given in the forced last turn too."""
@@ -120,7 +122,10 @@ class MethodConfig(Model):
     cues: str = "default"
     """Name of a cue pool, or `none`: cut and continue without a cue."""
 
-    filter: Literal["cue-logp", "none", "random", "oracle"] = "cue-logp"
+    filter: Literal["cue-logp", "none", "random", "oracle", "right"] = "cue-logp"
+    """What is kept: the most plausible cues, all, any, right probes first, or right probes alone."""
+    keep_per_group: Annotated[int, Field(ge=0)] = 0
+    """At most this many kept probes of one question; 0 is no limit."""
     keep: Literal["fixed", "adaptive"] = "fixed"
     keep_ratio: Unit = 0.08
     """ρ: kept probes per base rollout; the cap when adaptive."""
@@ -130,8 +135,10 @@ class MethodConfig(Model):
 
     realignment: Literal["paper", "trajectory", "internalize", "none"] = "paper"
     cue_density: Literal["fine", "coarse"] = "fine"
-    tail: Literal["one", "truncated"] = "one"
-    """internalize: weight of the spliced continuation."""
+    tail: Literal["one", "truncated", "unclipped"] = "one"
+    """internalize: weight of the spliced continuation. one: that of any token, clipped. truncated: its ratio
+    to the density that wrote it, after the cue, at most `tail_cap`. unclipped: 1, however far the policy has
+    moved since the rollout (`tail_cap` = 1): the decision to go on is too rare for a clip of 20 % a step."""
     tail_cap: Positive = 1.0
     cue_loss: Literal["all", "first", "none"] = "all"
     alpha: Literal["batch", "group"] = "batch"
@@ -212,6 +219,8 @@ class WarmupConfig(Model):
     demonstrations: Annotated[int, Field(ge=0)] = 0
     """At most this many; 0 takes every question whose chain the rule finds."""
     evidence_weight: Unit = 0.0
+    recovery: Unit = 0.5
+    """Share of the chains that are shown once more: a conclusion, a doubt, and the right way on."""
 
 
 Scalar = bool | int | float | str

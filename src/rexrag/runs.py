@@ -3,7 +3,8 @@
     config.toml · environment.json · metrics.jsonl · eval.jsonl · rollouts.jsonl.zst · summary.json
     checkpoints/step-N/ (safetensors, state.json, a digest per file)
 
-The logs only grow. A checkpoint remembers how long they were, so a resume cuts off what came after it.
+`config-to-step-N.toml` is what held before a resume changed the settings. The
+logs only grow. A checkpoint remembers how long they were, so a resume cuts off what came after it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,15 @@ def open_run(folder: Path, config: Config, resume: bool) -> None:
         write_text(folder / "config.toml", dump_toml(config))
     except OSError as error:
         raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def follow_config(folder: Path, config: Config, step: int) -> None:
+    """`config.toml` becomes what a resumed run goes on with; other settings up to `step` stay beside it."""
+    file = folder / "config.toml"
+    before, now = file.read_text(encoding="utf-8"), dump_toml(config)
+    if now != before:
+        write_text(folder / f"config-to-step-{step}.toml", before)
+        write_text(file, now)
 
 
 def free_folder(name: str, parent: Path = Path("runs")) -> Path:

@@ -144,7 +144,7 @@ def correct_rollouts(
     """
     method, clock = config.method, _Clock()
     # Keep the best ⌊ρ·N_base⌋.
-    scores, kept = _filter(base, probes, method, keep_ratio, generator)
+    scores, kept = _filter(base, group_of, probes, method, keep_ratio, generator)
     chosen = kept_probes(probes, kept)
 
     # Rows, densities, weights and masks; then group-relative advantages.
@@ -212,7 +212,7 @@ class _Drawn:
         """Groups whose rollouts, with the probes that the filter would keep, differ in reward."""
         # A copy of the generator: looking must not change what the filter draws in the end.
         generator = torch.Generator().set_state(self.generator.get_state())
-        _, kept = _filter(self.base, self.probes, self.config.method, keep_ratio, generator)
+        _, kept = _filter(self.base, self.groups, self.probes, self.config.method, keep_ratio, generator)
         chosen = kept_probes(self.probes, kept)
         rewards = [rollout.reward for rollout in (*self.base, *chosen)]
         return len(groups_with_signal(rewards, [*self.groups, *(self.groups[_parent(p)] for p in chosen)]))
@@ -255,6 +255,7 @@ def _parent(probe: Rollout) -> int:
 
 def _filter(
     base: Sequence[Rollout],
+    group_of: Sequence[int],
     probes: Sequence[Rollout],
     method: MethodConfig,
     keep_ratio: float,
@@ -263,7 +264,9 @@ def _filter(
     """The probes' scores, and which of them are kept."""
     scores = _scores(probes, method, generator)
     keep = len(probes) if method.filter == "none" else keep_count(len(base), keep_ratio)
-    return scores, keep_probes(scores, keep)
+    allowed = [rollout.em == 1.0 for rollout in probes] if method.filter == "right" else None
+    groups = [group_of[_parent(probe)] for probe in probes]
+    return scores, keep_probes(scores, keep, allowed, groups, method.keep_per_group)
 
 
 def _scores(probes: Sequence[Rollout], method: MethodConfig, generator: torch.Generator) -> Tensor:
@@ -271,7 +274,7 @@ def _scores(probes: Sequence[Rollout], method: MethodConfig, generator: torch.Ge
     chance = torch.rand(len(probes), generator=generator)
     if method.filter == "oracle":
         return torch.tensor([rollout.em for rollout in probes]) + 0.5 * chance
-    if method.filter == "random" or method.cues == "none" or not probes:
+    if method.filter in ("random", "right") or method.cues == "none" or not probes:
         return chance
     batch = pad([row_of(rollout, method) for rollout in probes], [0] * len(probes), [False] * len(probes))
     return cue_scores(batch.policy_logp, batch.origin)

@@ -24,8 +24,17 @@ from rexrag.evaluate import evaluate
 from rexrag.intervals import interval
 from rexrag.io import write_json
 from rexrag.method.filtering import adaptive_keep_ratio, update_probe_accuracy
+from rexrag.method.probing import adaptive_probability, update_probe_success
 from rexrag.retrieval import make_retriever
-from rexrag.runs import append, environment, last_checkpoint, open_run, save_checkpoint, truncate_logs
+from rexrag.runs import (
+    append,
+    environment,
+    follow_config,
+    last_checkpoint,
+    open_run,
+    save_checkpoint,
+    truncate_logs,
+)
 from rexrag.setup import Setup, build
 from rexrag.step import Collected, collect
 from rexrag.traces import trace_rows
@@ -58,6 +67,8 @@ class Progress:
     """Questions asked so far."""
     seconds: float = 0.0
     probe_accuracy: float = 0.0
+    probe_success: float = 1.0
+    """Share of right ones among recent probes, kept or not."""
     digests: dict[str, str] = field(default_factory=dict)
 
     def done(self, config: Config) -> float:
@@ -98,6 +109,7 @@ def train(
     progress = Progress(probe_accuracy=config.method.keep_ratio, digests=setup.digests)
     if resume:
         progress = _restore(folder, setup)
+        follow_config(folder, config, progress.step)
     else:
         write_json(folder / "environment.json", environment(**setup.digests))
     if observer:
@@ -168,6 +180,9 @@ def account(
         int(figures["probes/kept"]),
         method.keep_momentum,
     )
+    progress.probe_success = update_probe_success(
+        progress.probe_success, int(figures["probes/right"]), int(figures["probes/drawn"])
+    )
     progress.seconds += seconds
     row = position(progress) | {"keep_ratio": keep_ratio, **figures}
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
@@ -195,7 +210,7 @@ def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dic
         setup.policy,
         setup.retriever,
         setup.trie,
-        config,
+        _this_step(config, progress),
         ratio,
         step_seed(config.seed, number, "sample"),
         setup.learner_policy,
@@ -211,6 +226,13 @@ def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dic
     row = account(progress, collected, learned, config.method, ratio, now - start - aside)
     log_step(config, setup.policy.codec, folder, row, collected)
     return row
+
+
+def _this_step(config: Config, progress: Progress) -> Config:
+    """The configuration with this step's p."""
+    method = config.method
+    p = adaptive_probability(method.probe_probability, progress.probe_success, method.probe_target)
+    return config.model_copy(update={"method": method.model_copy(update={"probe_probability": p})})
 
 
 def _diagnose(config: Config, setup: Setup, number: int, collected: Collected) -> dict[str, float]:
@@ -272,7 +294,7 @@ def _restore(folder: Path, setup: Setup) -> Progress:
             )
     setup.learner.load(checkpoint)
     truncate_logs(folder, state["logs"])
-    return Progress(**{field.name: state[field.name] for field in fields(Progress)})
+    return Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
 
 
 def summarise(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rexrag.agent.codec import load_codec
+from rexrag.agent.prompts import cue_pool
 from rexrag.config import Config
 from rexrag.data.chains import question_demonstrations
 from rexrag.data.demonstrations import Demonstration
@@ -23,6 +24,8 @@ from rexrag.retrieval import make_retriever
 from rexrag.setup import load_data
 
 RECORD = "start.json"
+DOUBTS = "default_demo"
+"""The cue pool whose wordings are demonstrated; probes use another one."""
 
 
 def warm_up(config: Config, out: Path) -> dict[str, Any]:
@@ -40,7 +43,10 @@ def warm_up(config: Config, out: Path) -> dict[str, Any]:
     model, folder = load_model(config.policy, dtype=torch.float32)
     codec = load_codec(folder)
     setting = episode_setting(codec, config.agent, config.retriever.topk)
-    demonstrations, share = question_demonstrations(data.train, retriever, setting)
+    doubts = [cue.removeprefix("<think>").strip() for cue in cue_pool(DOUBTS)]
+    demonstrations, share = question_demonstrations(
+        data.train, retriever, setting, config.warmup.recovery, doubts, config.seed
+    )
     kept = [d for d in demonstrations if len(d.prompt) + len(d.tokens) <= config.agent.total_tokens]
     if config.warmup.demonstrations:
         kept = kept[: config.warmup.demonstrations]

@@ -52,6 +52,11 @@ def test_the_default_pool_is_thirty_doubts_with_different_beginnings():
     assert set(cue_pool("small-5")) | set(cue_pool("small-15")) <= set(cue_pool("default"))
 
 
+def test_what_demonstrations_say_is_not_what_probes_say():
+    for pool in ("default", "tiny"):
+        assert not set(cue_pool(pool)) & set(cue_pool(f"{pool}_demo"))
+
+
 def test_tiny_pools_share_words_but_no_sentence():
     tiny, demo = cue_pool("tiny"), cue_pool("tiny_demo")
     assert len(tiny) == len(demo) == 10

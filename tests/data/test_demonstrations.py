@@ -198,6 +198,30 @@ def test_a_chain_that_the_episode_cannot_hold_is_not_demonstrated() -> None:
         assert len(question_demonstrations([question], retriever, setting)[0]) == kept, change
 
 
+CHAIN_DOUBTS = [cue.removeprefix("<think> ") for cue in cue_pool("default_demo")]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_recovered_chain_doubts_goes_on_and_is_right(seed: int) -> None:
+    retriever = BM25Retriever.build(CORPUS)
+    question = ask("Where was the director of film Night Train born?", "Lyon")
+    agent = AgentConfig(evidence_tokens=600, turn_tokens=900, total_tokens=9000)
+    setting = episode_setting(CharCodec(), agent, topk=3)  # type: ignore[arg-type]
+    found, share = question_demonstrations([question], retriever, setting, 1.0, CHAIN_DOUBTS, seed)
+    assert share == 1.0 and len(found) == 2
+    straight, recovered = found
+    assert set(straight.weights) == {0.0, 1.0} and 0.1 not in straight.weights
+    assert replay(recovered, question, setting, retriever, agent).em == 1.0
+    opened = recovered.weights.index(0.1)
+    assert not any(recovered.weights[:opened]), "what leads up to the doubt is not trained on"
+    text = setting.codec.decode(recovered.tokens[opened:])
+    assert any(text.startswith(f"<think> {doubt} ") for doubt in CHAIN_DOUBTS)
+    before = setting.codec.decode(recovered.tokens[:opened])
+    early = "So the answer is Lyon." not in before
+    assert ("<search>" in text) == early, "one that stopped early searches on, one that was right answers"
+    assert question_demonstrations([question], retriever, setting, 0.0, CHAIN_DOUBTS)[0] == [straight]
+
+
 @given(
     words=st.lists(st.sampled_from(["Ann", "was", "born,", "in", "Lyon"]), min_size=1, max_size=60),
     length=st.integers(1, 30),

@@ -36,6 +36,27 @@ def test_the_earlier_of_equal_scores_wins():
     assert keep_probes(torch.tensor([-1.0, -1.0, -1.0]), 2).tolist() == [True, True, False]
 
 
+@given(
+    st.lists(st.tuples(st.floats(-50, 0, width=32), st.booleans(), st.integers(0, 3)), max_size=30),
+    st.integers(0, 12),
+    st.integers(0, 3),
+)
+def test_no_probe_that_may_not_be_kept_and_no_more_of_a_group_than_asked(probes, keep, per_group):
+    values = torch.tensor([score for score, _, _ in probes])
+    allowed, groups = [may for _, may, _ in probes], [group for _, _, group in probes]
+    kept = keep_probes(values, keep, allowed, groups, per_group).tolist()
+    of_group = [sum(k for k, g in zip(kept, groups, strict=True) if g == group) for group in range(4)]
+    possible = [sum(a for a, g in zip(allowed, groups, strict=True) if g == group) for group in range(4)]
+    room = [min(n, per_group) if per_group else n for n in possible]
+    assert not any(k and not a for k, a in zip(kept, allowed, strict=True))
+    assert all(n <= most for n, most in zip(of_group, room, strict=True))
+    assert sum(kept) == min(keep, sum(room))
+    for i, (score, _, group) in enumerate(probes):
+        if allowed[i] and not kept[i] and room[group]:
+            rivals = groups if of_group[group] == room[group] else [group] * len(probes)
+            assert all(probes[j][0] >= score for j in range(len(probes)) if kept[j] and rivals[j] == group)
+
+
 def test_score_is_the_mean_over_cue_tokens_only():
     origin = torch.tensor([[0, 1, 1, 2, 0], [0, 0, 0, 0, 0]])
     logp = torch.tensor([[-9.0, -1.0, -3.0, float("nan"), -9.0], [-1.0] * 5])

@@ -55,7 +55,7 @@ def loss_and_gradient(rows_groups_right, config, trie=TRIE):
 
 
 @pytest.mark.parametrize("realignment", ["paper", "trajectory", "internalize", "none"])
-@pytest.mark.parametrize("tail", ["one", "truncated"])
+@pytest.mark.parametrize("tail", ["one", "truncated", "unclipped"])
 def test_without_probes_every_variant_is_plain_grpo_bit_for_bit(realignment, tail):
     config = MethodConfig(realignment=realignment, tail=tail)
     rows_, groups, right = rows(probes=False)

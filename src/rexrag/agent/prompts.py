@@ -97,6 +97,21 @@ _DEFAULT = (
     "<think> Still, I have a feeling that a key fact has slipped past me here.",
 )
 
+_DEFAULT_DEMO = (
+    "<think> But is that really what was asked?",
+    "<think> I should check this again before I answer.",
+    "<think> Wait, I have not looked at everything yet.",
+    "<think> Maybe that is not it. Let me read the passage again.",
+    "<think> That was quick, and I could have missed something.",
+    "<think> Hmm, let me make sure of this first.",
+    "<think> I am unsure whether this answers the question.",
+    "<think> Let me look once more at what I know so far.",
+    "<think> This may be wrong. What would I have to know?",
+    "<think> No, let me think about the question again.",
+    "<think> Is there a step that I left out?",
+    "<think> I could be mistaken here, so I go on.",
+)
+
 _TINY = (
     "<think> maybe this is not the right one i should look again",
     "<think> i am not sure yet let me check this",
@@ -126,6 +141,7 @@ _TINY_DEMO = (
 CUE_POOLS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "default": _DEFAULT,
+        "default_demo": _DEFAULT_DEMO,
         "small-5": _DEFAULT[::6],
         "small-15": _DEFAULT[::2],
         "tiny": _TINY,
@@ -134,8 +150,8 @@ CUE_POOLS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Cue pools: first-person doubts that open a thought and leave it open.
 
-`tiny` is for the embedded word-level model. `tiny_demo` shares its words but no sentence: it is what that
-model's demonstrations say, so that a cue of `tiny` is not simply remembered.
+`tiny` is for the embedded word-level model. The `_demo` pools are what demonstrations of a warm-up say; they
+share no sentence with the pools that probes use, so that a cue is not simply remembered.
 """
 
 

@@ -12,6 +12,7 @@ A chain is kept only where each passage was really retrieved and the rule arrive
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -100,31 +101,50 @@ class Chain:
 
 
 def question_demonstrations(
-    questions: Iterable[Question], retriever: Search, setting: Setting
+    questions: Iterable[Question],
+    retriever: Search,
+    setting: Setting,
+    recovery: float = 0.0,
+    doubts: Sequence[str] = (),
+    seed: int = 0,
 ) -> tuple[list[Demonstration], float]:
     """Demonstrations of those questions whose chain the rule finds, and their share of all.
 
     A chain must fit the episode too: its searches and the length of its turns, and each quote must be visible
-    in the evidence as it is rendered, which may be cut.
+    in the evidence as it is rendered, which may be cut. A share `recovery` of the chains is shown once more
+    as a recovery, with one of `doubts`.
     """
-    asked, drafts = 0, []
+    rng = random.Random(f"recovery/{seed}")
+    asked, found, drafts = 0, 0, []
     for question in questions:
         asked += 1
         chain = find_chain(question, retriever, setting.topk)
-        if chain is not None and _fits(chain, chain_draft(question, chain), retriever, setting):
-            drafts.append(chain_draft(question, chain))
-    return write(drafts, setting, retriever), len(drafts) / asked if asked else 0.0
+        if chain is None or not _fits(chain, retriever, setting):
+            continue
+        straight = chain_draft(question, chain)
+        if not _turns_fit(straight, setting):
+            continue
+        found += 1
+        drafts.append(straight)
+        if doubts and rng.random() < recovery:
+            recovered = recovery_draft(question, chain, rng.choice(doubts), rng)
+            drafts += [recovered] if _turns_fit(recovered, setting) else []
+    return write(drafts, setting, retriever), found / asked if asked else 0.0
 
 
-def _fits(chain: Chain, draft: Draft, retriever: Search, setting: Setting) -> bool:
-    if len(chain.steps) > setting.search_turns:
-        return False
+def _turns_fit(draft: Draft, setting: Setting) -> bool:
     turn = 0
     for piece in draft[1]:
         turn += len(setting.codec.encode(piece.text))
         if turn > setting.turn_tokens:
             return False
         turn = turn if piece.query is None else 0
+    return True
+
+
+def _fits(chain: Chain, retriever: Search, setting: Setting) -> bool:
+    if len(chain.steps) > setting.search_turns:
+        return False
     found = retriever.search([step.query for step in chain.steps], setting.topk)
     shown = (setting.codec.decode(setting.render(documents)) for documents in found)
     return all(" ".join(step.quote.split()) in " ".join(text.split())
@@ -139,6 +159,30 @@ def chain_draft(question: Question, chain: Chain) -> Draft:
         onward = chain.steps[i + 1].why if i + 1 < len(chain.steps) else chain.conclusion
         pieces.append(think(f'<think> The passage says: "{step.quote}" {onward} </think>\n'))
     return question.text, [*pieces, Piece(f"<answer> {chain.answer} </answer>")]
+
+
+EARLY = 0.75
+"""Share of recoveries from an answer that came too early; the others doubt what was right."""
+SECOND_THOUGHT = 0.1
+"""Weight of the tag that opens a doubt: how likely a policy becomes to doubt by itself."""
+
+
+def recovery_draft(question: Question, chain: Chain, doubt: str, rng: random.Random) -> Draft:
+    """A conclusion, a doubt, and the right way on. What leads up to the doubt is not trained on.
+
+    Where the conclusion came too early, it takes the name that would have to be looked up next for the
+    answer, and the search for it follows. Where it was right, it is drawn once more.
+    """
+    early = len(chain.steps) > 1 and rng.random() < EARLY
+    known = rng.randrange(1, len(chain.steps)) if early else len(chain.steps)
+    straight = chain_draft(question, chain)[1]
+    read, quote = straight[: 2 * known], chain.steps[known - 1].quote
+    concluded = f"So the answer is {chain.steps[known].query}." if early else chain.conclusion
+    before = [*read, think(f'<think> The passage says: "{quote}" {concluded} </think>\n')]
+    doubting = [Piece("<think>", SECOND_THOUGHT), think(f" {doubt}")]
+    onward = chain.steps[known].why if early else f'It does say: "{quote}" {chain.conclusion}'
+    after = [think(f" {onward} </think>\n"), *straight[2 * known + 1 :]]
+    return question.text, [*(replace(piece, weight=0.0) for piece in before), *doubting, *after]
 
 
 def find_chain(question: Question, retriever: Search, topk: int) -> Chain | None:

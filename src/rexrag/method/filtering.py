@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,10 +35,17 @@ def keep_count(base_rollouts: int, keep_ratio: float) -> int:
     return math.floor(keep_ratio * base_rollouts + 1e-9)
 
 
-def keep_probes(scores: Tensor, keep: int) -> Tensor:
+def keep_probes(
+    scores: Tensor,
+    keep: int,
+    allowed: Sequence[bool] | None = None,
+    groups: Sequence[int] | None = None,
+    per_group: int = 0,
+) -> Tensor:
     """The `keep` highest scores: bool [K]; among equal scores the earlier probe wins.
 
-    Raises ShapeError, NonFiniteError, MethodError (keep < 0).
+    allowed: probes that may be kept at all, None for all. groups: the question of each probe; at most
+    `per_group` of one are kept (0: no limit). Raises ShapeError, NonFiniteError, MethodError (keep < 0).
     """
     if scores.dim() != 1:
         raise ShapeError(f"scores has shape {tuple(scores.shape)}, expected [K]")
@@ -44,7 +53,15 @@ def keep_probes(scores: Tensor, keep: int) -> Tensor:
         raise MethodError(f"keep = {keep}, expected >= 0")
     require_finite("scores", scores)
     kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    kept[torch.argsort(scores, descending=True, stable=True)[:keep]] = True
+    of_group: Counter[int] = Counter()
+    for index in torch.argsort(scores, descending=True, stable=True).tolist():
+        if keep == 0:
+            break
+        group = index if groups is None else groups[index]
+        if (allowed is None or allowed[index]) and not (per_group and of_group[group] >= per_group):
+            kept[index] = True
+            of_group[group] += 1
+            keep -= 1
     return kept
 
 

@@ -44,3 +44,30 @@ def in_all_wrong_groups(right: Sequence[bool], groups: Sequence[int]) -> list[bo
     """For each base rollout: did no rollout of its group get it right?"""
     solved = {group for group, is_right in zip(groups, right, strict=True) if is_right}
     return [group not in solved for group in groups]
+
+
+HALF_LIFE = 32
+"""Probes after which an observed success counts half."""
+
+
+def update_probe_success(mean: float, right: int, drawn: int) -> float:
+    """Exponential mean of the probes' success, filtered ones too; unchanged by a step that drew none.
+
+    Raises MethodError.
+    """
+    if not 0 <= right <= drawn:
+        raise MethodError(f"right = {right}, drawn = {drawn}: expected 0 <= right <= drawn")
+    old = 0.5 ** (drawn / HALF_LIFE)
+    return mean if drawn == 0 else old * mean + (1.0 - old) * (right / drawn)
+
+
+def adaptive_probability(probability: float, success: float, target: float) -> float:
+    """p for the next step: falls in proportion once `success` is below `target`, to an eighth at most.
+
+    A p of zero would never see a success again. target 0: p stays. Raises MethodError.
+    """
+    if not (0.0 <= probability <= 1.0 and 0.0 <= success <= 1.0 and 0.0 <= target <= 1.0):
+        raise MethodError(
+            f"probability = {probability}, success = {success}, target = {target}: not in [0, 1]"
+        )
+    return probability if target == 0.0 else probability * min(1.0, max(success / target, 0.125))

@@ -181,7 +181,7 @@ def correct(batch: Batch, config: MethodConfig, trie: CueTrie | None) -> Streams
             batch.tokens, batch.policy_logp, batch.origin, trie.cues, trie.table(), z_B, batch.last_cut
         )
         weight = weight * trajectory_weights(log_r, alpha_B).to(weight.dtype)[:, None]
-    elif config.realignment == "internalize" and config.tail == "truncated":
+    elif config.realignment == "internalize" and config.tail != "one":
         truncated = batch.is_probe[:, None] & (_positions(batch) >= batch.cut[:, None])
 
     importance = torch.exp(batch.policy_logp - behaviour) * weight

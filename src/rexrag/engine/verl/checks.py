@@ -29,10 +29,10 @@ def check_installed() -> None:
 def check_settings(config: Config) -> None:
     """Settings that verl's trainer cannot honour, and sizes that do not divide."""
     method, train, verl = config.method, config.train, config.verl
-    if method.probe and method.realignment == "internalize" and method.tail == "truncated":
+    if method.probe and method.realignment == "internalize" and method.tail != "one":
         raise ConfigError(
-            "method.tail = 'truncated' is not there for engine = 'verl': verl's loss has no ratio that is "
-            "capped and constant; use 'one', or engine = 'local'"
+            f"method.tail = '{method.tail}' is not there for engine = 'verl': verl's loss has no ratio "
+            "that is capped and constant; use 'one', or engine = 'local'"
         )
     if method.rollouts < 2:
         raise ConfigError(f"method.rollouts = {method.rollouts}: a group needs at least 2 for an advantage")

@@ -26,7 +26,7 @@ from rexrag.io import atomic_folder, write_json, write_jsonl
 from rexrag.retrieval import make_retriever
 from rexrag.retrieval.base import Retriever
 from rexrag.retrieval.service import create_app, listen
-from rexrag.runs import environment, last_row, open_run
+from rexrag.runs import environment, follow_config, last_row, open_run
 from rexrag.setup import Data, check_prompts, load_cues, load_data
 from rexrag.train import COUNTS, Progress, summarise
 from rexrag.types import Question
@@ -72,8 +72,8 @@ def launch(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]
         tree = compose(served, folder, digests, resume)
         open_run(folder, config, resume)
         if resume:
-            check_checkpoint(folder / "checkpoints", digests)
-        if not resume:
+            follow_config(folder, config, check_checkpoint(folder / "checkpoints", digests))
+        else:
             write_json(folder / "environment.json", environment(**digests))
         name_architecture(source, folder)
         write_questions(folder / "verl" / "train.jsonl", data.train, config)
@@ -84,8 +84,8 @@ def launch(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]
     return summarise(config, folder, Progress(**counts))
 
 
-def check_checkpoint(checkpoints: Path, digests: dict[str, str]) -> None:
-    """Is there a checkpoint to resume from, made with the same data and cue pool? Raises CheckpointError."""
+def check_checkpoint(checkpoints: Path, digests: dict[str, str]) -> int:
+    """The step of the checkpoint to resume from. Raises CheckpointError for none, or other data or cues."""
     try:
         step = int((checkpoints / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8"))
         file = checkpoints / f"global_step_{step}" / STATE_FILE
@@ -98,6 +98,7 @@ def check_checkpoint(checkpoints: Path, digests: dict[str, str]) -> None:
                 f"{file}: the run's '{name}' has changed since this checkpoint "
                 f"({then[:12]} then, {digests.get(name, 'nothing')[:12]} now)"
             )
+    return step
 
 
 def run(tree: Any) -> None:
