@@ -30,6 +30,7 @@ from rexrag.engine.verl.drive import drive
 from rexrag.engine.verl.parts import parts_of
 from rexrag.engine.verl.records import AGENT, question_of, rollout_record
 from rexrag.evaluate import numbers, scored_rollout
+from rexrag.method.probing import adaptive_probability, update_probe_success
 from rexrag.step import fork_probe, plan
 from rexrag.types import Origin, Rollout
 
@@ -101,11 +102,15 @@ class _Siblings:
 
 
 class RexragWorker(_Worker):  # type: ignore[misc]
-    """verl's worker, which also runs a session's probe."""
+    """verl's worker, which also runs a session's probe.
+
+    Each worker follows the success of its own probes (`method.probe_target`), from its start on.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._siblings: dict[str, _Siblings] = {}
+        self._probe_success = 1.0
 
     async def _agent_loop_postprocess(
         self, output: EpisodeOutput, validate: bool, *, fork: Episode | None = None, **kwargs: Any
@@ -132,7 +137,9 @@ class RexragWorker(_Worker):  # type: ignore[misc]
                 siblings.complete.set()
         fork = await self._fork(output.episode, session_id, siblings, trajectory["step"])
         if fork is not None:
-            await run(sampling_params, trajectory, session_id=count + session_id, fork=fork, **kwargs)
+            probe = await run(sampling_params, trajectory, session_id=count + session_id, fork=fork, **kwargs)
+            right = int(probe.episode.rollout().em == 1.0)
+            self._probe_success = update_probe_success(self._probe_success, right, 1)
 
     async def _fork(
         self, episode: Episode, session_id: int, siblings: _Siblings, step: int
@@ -140,6 +147,8 @@ class RexragWorker(_Worker):  # type: ignore[misc]
         """The probe of this session, where it is to have one."""
         parts = parts_of(self.config.rexrag.config)
         method, seed = parts.config.method, parts.config.seed
+        p = adaptive_probability(method.probe_probability, self._probe_success, method.probe_target)
+        method = method.model_copy(update={"probe_probability": p})
         own = [session_id]
         if method.probe_groups == "all-wrong":  # needs the verdict on all of them
             await siblings.complete.wait()
