@@ -119,17 +119,6 @@ def test_the_right_filter_keeps_right_probes_alone_and_few_of_a_group():
     assert [p.em for p, k in zip(one.probes, one.kept.tolist(), strict=True) if k] == [1.0]
 
 
-def test_a_probe_that_surprised_the_policy_is_not_kept():
-    limit = "method.keep_perplexity"
-    step, _ = run(f"{limit}=1000.0")
-    assert all(step.kept) and not any(run(f"{limit}=1.0")[0].kept)
-    own = [[lp for lp, o in zip(p.logps[p.cut :], p.origins[p.cut :], strict=True) if o == Origin.POLICY]
-           for p in step.probes]  # fmt: skip
-    found = sorted(math.exp(-sum(logps) / len(logps)) for logps in own)
-    half, _ = run(f"{limit}={(found[1] + found[2]) / 2}")
-    assert int(half.kept.sum()) == sum(value <= (found[1] + found[2]) / 2 for value in found)
-
-
 def test_an_unclipped_tail_is_that_of_weight_one_without_the_clip():
     one, _ = run("method.realignment=internalize")
     free, _ = run("method.realignment=internalize", "method.tail=unclipped")

@@ -126,8 +126,6 @@ class MethodConfig(Model):
     """What is kept: the most plausible cues, all, any, right probes first, or right probes alone."""
     keep_per_group: Annotated[int, Field(ge=0)] = 0
     """At most this many kept probes of one question; 0 is no limit."""
-    keep_perplexity: Annotated[float, Field(ge=0.0)] = 0.0
-    """Above 0: a probe whose own continuation was less likely than this perplexity a token is not kept."""
     keep: Literal["fixed", "adaptive"] = "fixed"
     keep_ratio: Unit = 0.08
     """ρ: kept probes per base rollout; the cap when adaptive."""

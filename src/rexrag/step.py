@@ -20,7 +20,7 @@ from rexrag.engine.base import Policy, Session
 from rexrag.method.advantages import group_advantages
 from rexrag.method.cues import CueTrie
 from rexrag.method.dead_ends import is_dead_end
-from rexrag.method.filtering import continuation_perplexity, cue_scores, keep_count, keep_probes
+from rexrag.method.filtering import cue_scores, keep_count, keep_probes
 from rexrag.method.probing import ProbePlan, in_all_wrong_groups, plan_probes
 from rexrag.method.realignment import mismatch_weights
 from rexrag.method.samples import (
@@ -264,7 +264,7 @@ def _filter(
     """The probes' scores, and which of them are kept."""
     scores = _scores(probes, method, generator)
     keep = len(probes) if method.filter == "none" else keep_count(len(base), keep_ratio)
-    allowed = _may_be_kept(probes, method)
+    allowed = [method.filter != "right" or rollout.em == 1.0 for rollout in probes]
     groups = [group_of[_parent(probe)] for probe in probes]
     return scores, keep_probes(scores, keep, allowed, groups, method.keep_per_group)
 
@@ -278,15 +278,6 @@ def _scores(probes: Sequence[Rollout], method: MethodConfig, generator: torch.Ge
         return chance
     batch = pad([row_of(rollout, method) for rollout in probes], [0] * len(probes), [False] * len(probes))
     return cue_scores(batch.policy_logp, batch.origin)
-
-
-def _may_be_kept(probes: Sequence[Rollout], method: MethodConfig) -> list[bool]:
-    allowed = [method.filter != "right" or rollout.em == 1.0 for rollout in probes]
-    if not method.keep_perplexity or not probes:
-        return allowed
-    batch = pad([row_of(rollout, method) for rollout in probes], [0] * len(probes), [False] * len(probes))
-    found = continuation_perplexity(batch.policy_logp, batch.origin, batch.cut).tolist()
-    return [may and value <= method.keep_perplexity for may, value in zip(allowed, found, strict=True)]
 
 
 def _rows(

@@ -9,7 +9,6 @@ from rexrag.errors import MethodError, NonFiniteError, ShapeError
 from rexrag.method import keep_probes
 from rexrag.method.filtering import (
     adaptive_keep_ratio,
-    continuation_perplexity,
     cue_scores,
     keep_count,
     update_probe_accuracy,
@@ -69,13 +68,6 @@ def test_score_is_the_mean_over_cue_tokens_only():
     assert cue_scores(logp, origin).tolist() == [-2.0, 0.0]
 
 
-def test_perplexity_is_that_of_the_policy_s_own_continuation():
-    origin = torch.tensor([[0, 1, 0, 2, 0], [0, 0, 1, 2, 3]])
-    logp = torch.log(torch.tensor([[0.001, 0.001, 0.5, 1.0, 0.125], [0.1, 0.1, 0.1, 1.0, 1.0]]))
-    logp[0, 3] = float("nan")
-    assert continuation_perplexity(logp, origin, torch.tensor([1, 2])).tolist() == pytest.approx([4.0, 1.0])
-
-
 @pytest.mark.parametrize(
     ("n", "ratio", "kept"), [(2560, 0.08, 204), (100, 0.29, 29), (5, 0.08, 0), (0, 0.5, 0)]
 )
@@ -103,11 +95,6 @@ def test_adaptive_ratio_follows_accuracy_between_floor_and_cap():
         (lambda: keep_probes(torch.tensor([0.0, float("nan")]), 1), NonFiniteError, r"scores\[1\] = nan"),
         (lambda: keep_probes(torch.zeros(2), -1), MethodError, "keep = -1, expected >= 0"),
         (lambda: keep_probes(torch.zeros(2, 2), 1), ShapeError, r"scores has shape \(2, 2\)"),
-        (
-            lambda: continuation_perplexity(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(1)),
-            ShapeError,
-            r"cut has shape \(1,\)",
-        ),
         (lambda: keep_count(10, 1.5), MethodError, "keep_ratio = 1.5"),
         (lambda: adaptive_keep_ratio(0.1, 0.05, 0.1), MethodError, "floor = 0.1"),
         (

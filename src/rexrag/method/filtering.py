@@ -26,21 +26,6 @@ def cue_scores(policy_logp: Tensor, origin: Tensor) -> Tensor:
     return values.sum(dim=-1) / is_cue.sum(dim=-1).clamp(min=1)
 
 
-def continuation_perplexity(policy_logp: Tensor, origin: Tensor, cut: Tensor) -> Tensor:
-    """exp(−mean log π_old) over the POLICY tokens of o″: float [K] from [K, T], int [K, T], int [K].
-
-    How surprised the policy was by what it said after the cue; 1 where it said nothing. Raises ShapeError,
-    NonFiniteError (at such a token).
-    """
-    require_shape("origin", origin, policy_logp.shape)
-    require_shape("cut", cut, policy_logp.shape[:1])
-    position = torch.arange(policy_logp.shape[1], device=cut.device)[None, :]
-    own = (origin == int(Origin.POLICY)) & (position >= cut[:, None])
-    values = torch.where(own, policy_logp, 0.0)
-    require_finite("policy_logp", values)
-    return torch.exp(-values.sum(dim=-1) / own.sum(dim=-1).clamp(min=1))
-
-
 def keep_count(base_rollouts: int, keep_ratio: float) -> int:
     """⌊ρ·N_base⌋ over the batch [METHOD §3], safe against 0.29·100 = 28.999…"""
     if base_rollouts < 0 or not 0.0 <= keep_ratio <= 1.0:

@@ -62,8 +62,8 @@ def clipped_surrogate(
         require_shape("truncated", truncated, logp.shape)
         if not truncation_cap > 0.0:
             raise MethodError(f"truncation_cap = {truncation_cap}, expected > 0")
-        held = ratio.detach().clamp(max=truncation_cap)
-        surrogate = torch.where(truncated, held * logp * advantage, surrogate)
+        held = held_surrogate(logp, log_ratio, advantage, truncation_cap)
+        surrogate = torch.where(truncated, held, surrogate)
         is_clipped = is_clipped & ~truncated
     if weight is not None:
         require_shape("weight", weight, logp.shape)
@@ -77,6 +77,15 @@ def clipped_surrogate(
         "nonfinite_tokens": float((mask & ~finite).sum()),
         "tokens": float(tokens),
     }
+
+
+def held_surrogate(logp: Tensor, log_ratio: Tensor, advantage: Tensor, cap: float) -> Tensor:
+    """min(cap, ratio)·A·log π with the ratio held constant: truncated importance sampling (Ionides 2008).
+
+    logp, log_ratio: float [B, T]; advantage: float, broadcastable to them.
+    """
+    ratio = torch.exp(log_ratio.detach().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
+    return ratio.clamp(max=cap) * advantage * logp
 
 
 def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:

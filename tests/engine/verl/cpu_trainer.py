@@ -17,7 +17,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from rexrag.engine.verl.trainer import RexragTrainer
 
 NAME = "rexrag_cpu"
-STREAMS = ("prompts", "responses", "response_mask", "old_log_probs", "advantages")
+STREAMS = ("prompts", "responses", "response_mask", "old_log_probs", "advantages", "ref_log_prob")
 
 
 class CpuWorker(ActorRolloutRefWorker):
@@ -49,12 +49,13 @@ class CpuTrainer(RexragTrainer):
 
     def _update_actor(self, batch, metrics):
         """Keep the streams that verl trains on, for the comparison with the local learner."""
-        data = tq.kv_batch_get(
-            keys=batch.keys, partition_id=batch.partition_id, select_fields=[*STREAMS, "ref_log_prob"]
-        )
+        method = self.parts.config.method
+        held = method.realignment == "internalize" and method.tail == "unclipped"
+        names = [*STREAMS, *(["rollout_is_weights"] if held else [])]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
         rows = {
             f"{i}/{name}": value.contiguous().clone()
-            for name in (*STREAMS, "ref_log_prob")
+            for name in names
             for i, value in enumerate(data[name].unbind())
         }
         file = Path(self.folder) / "updates" / f"step-{self.global_steps}.safetensors"

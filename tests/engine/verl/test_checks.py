@@ -100,10 +100,7 @@ def test_the_pins_are_those_of_the_extra():
             {"method__realignment": '"internalize"', "method__tail": '"truncated"'},
             ["method.tail", "'one'", "engine = 'local'"],
         ),
-        (
-            {"method__realignment": '"internalize"', "method__tail": '"unclipped"'},
-            ["method.tail = 'unclipped'"],
-        ),
+        ({"method__tail_cap": 2.0}, ["method.tail_cap = 2.0"]),
         ({"train__max_tokens": 1000}, ["train.max_tokens", "train.steps"]),
         ({"train__track": '["wandb"]'}, ["train.track", "verl.loggers"]),
         ({"train__diagnose_every": 5}, ["train.diagnose_every"]),

@@ -132,7 +132,8 @@ def verl_loss():
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean", "sequence-sum"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_verl_s_own_loss_is_ours(verl_loss, aggregation, weighted):
+@pytest.mark.parametrize("held", [False, True])
+def test_verl_s_own_loss_is_ours(verl_loss, aggregation, weighted, held):
     """Through the mapping: clip ranges, no dual clip, aggregation, weights; ratios far outside the clips."""
     from rexrag.engine.verl.mapping import AGGREGATIONS, NO_DUAL_CLIP
 
@@ -145,9 +146,15 @@ def test_verl_s_own_loss_is_ours(verl_loss, aggregation, weighted):
     mask[3] = False
     weight = torch.rand(shape, generator=generator) if weighted else None
     normalizer = aggregation_normalizer(mask, aggregation)
+    truncated = torch.rand(shape, generator=generator) < 0.4 if held else None
     ours, _ = clipped_surrogate(
-        logp, behaviour, advantages, mask, 0.2, 0.28, weight=weight, aggregation=aggregation
-    )
+        logp, behaviour, advantages, mask, 0.2, 0.28,
+        weight=weight, truncated=truncated, aggregation=aggregation,
+    )  # fmt: skip
+    if truncated is not None:
+        weight = torch.ones(shape) if weight is None else weight
+        weight = torch.where(truncated, -weight, weight)
+        verl_loss = importlib.import_module("rexrag.engine.verl.loss").policy_loss
     (gradient,) = torch.autograd.grad(ours, logp)
     config = _ActorConfig(
         clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=NO_DUAL_CLIP,

@@ -29,11 +29,13 @@ def check_installed() -> None:
 def check_settings(config: Config) -> None:
     """Settings that verl's trainer cannot honour, and sizes that do not divide."""
     method, train, verl = config.method, config.train, config.verl
-    if method.probe and method.realignment == "internalize" and method.tail != "one":
+    if method.probe and method.realignment == "internalize" and method.tail == "truncated":
         raise ConfigError(
-            f"method.tail = '{method.tail}' is not there for engine = 'verl': verl's loss has no ratio "
-            "that is capped and constant; use 'one', or engine = 'local'"
+            "method.tail = 'truncated' is not there for engine = 'verl': it would train spliced rows against "
+            "the density of other rows; use 'one' or 'unclipped', or engine = 'local'"
         )
+    if method.tail_cap != 1.0:
+        raise ConfigError(f"method.tail_cap = {method.tail_cap}: engine = 'verl' knows 1 only")
     if method.rollouts < 2:
         raise ConfigError(f"method.rollouts = {method.rollouts}: a group needs at least 2 for an advantage")
     if config.policy.train_last_layers:

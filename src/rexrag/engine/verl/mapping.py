@@ -29,6 +29,8 @@ AGGREGATIONS = {
 }
 ESTIMATORS = {("mean", "std"): "grpo", ("mean", "none"): "grpo", ("leave-one-out", "none"): "rloo"}
 """(`advantage_baseline`, `advantage_scale`) → verl's estimator."""
+HELD_LOSS = "rexrag-held"
+"""Name under which `loss.policy_loss` is registered."""
 NO_DUAL_CLIP = 1e9
 """verl cuts the loss of a token with a negative advantage at this many times the advantage; ours does not."""
 
@@ -115,7 +117,11 @@ TABLE = (
     _fixed("algorithm.filter_groups.metric", "reward"),
     _fixed("algorithm.use_kl_in_reward", False),
     _fixed("algorithm.rollout_correction", None),
-    _fixed(f"{ACTOR}.policy_loss.loss_mode", "vanilla"),
+    _from(
+        f"{ACTOR}.policy_loss.loss_mode",
+        "method.tail",
+        lambda c: HELD_LOSS if c.method.tail == "unclipped" else "vanilla",
+    ),
     _as_is(f"{ACTOR}.clip_ratio_low", "method.clip_low"),
     _as_is(f"{ACTOR}.clip_ratio_high", "method.clip_high"),
     _fixed(f"{ACTOR}.clip_ratio_c", NO_DUAL_CLIP),

@@ -202,7 +202,8 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
         live = [place for place, keep in zip(drawn.places, kept, strict=True) if keep]
         rejected = [place for place, keep in zip(drawn.places, kept, strict=True) if not keep]
         streams = corrected.streams
-        weighted = bool((streams.weight != 1).any())
+        weight = torch.where(streams.truncated, -streams.weight, streams.weight)  # see `loss`
+        weighted = bool((weight != 1).any())
         columns: dict[str, list[Tensor]] = {
             "old_log_probs": [],
             "response_mask": [],
@@ -212,7 +213,7 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
             n = len(sample.tokens)
             columns["old_log_probs"].append(streams.behaviour_logp[row, :n])
             columns["response_mask"].append(streams.mask[row, :n].long())
-            columns["rollout_is_weights"].append(streams.weight[row, :n])
+            columns["rollout_is_weights"].append(weight[row, :n])
         written = {
             name: nested(rows) for name, rows in columns.items() if weighted or name != "rollout_is_weights"
         }
