@@ -48,13 +48,14 @@ def parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """The quickstart for an embedded start; for a model folder the settings of `smollm2-2wiki`."""
+    """The quickstart with its default arm for an embedded start; else the settings of `smollm2-2wiki`."""
     embedded = args.model in EMBEDDED
     files = [] if embedded else [f"data.{name}={args.data}/{name}.jsonl" for name in ("train", "corpus")]
     fixed = [f"policy.path={args.model}", f"policy.dtype={args.dtype}", *files, 'data.dev=""']
     if args.threads:
         torch.set_num_threads(args.threads)
-    return presets.resolve("quickstart" if embedded else "smollm2-2wiki", overrides=[*fixed, *args.set])
+    base, arm = ("quickstart", presets.DEFAULT_ARM) if embedded else ("smollm2-2wiki", "")
+    return presets.resolve(base, arm, [*fixed, *args.set])
 
 
 def questions_and_retriever(config: Config) -> tuple[list[Question], Retriever]:

@@ -163,7 +163,8 @@ def growth(sweep: str, args: argparse.Namespace) -> dict[str, Any]:
     for change in SWEEPS[sweep]:
         point = BASE | change
         command = [sys.executable, __file__, "--point", json.dumps(point), "--rounds", str(args.rounds)]
-        command += ["--threads", str(args.threads), "--seed", str(args.seed)]
+        command += ["--threads", str(args.threads), "--seed", str(args.seed), "--dtype", args.dtype]
+        command += [word for change in args.set for word in ("--set", change)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         points.append(point | json.loads(output.splitlines()[-1]))
         print(f"  {sweep} {points[-1][grows]:,.0f}: {points[-1]['total']:.2f} s", file=sys.stderr)

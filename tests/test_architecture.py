@@ -27,7 +27,7 @@ ALLOWED = {
     "runs": BASE,
     "intervals": BASE,
     "comparison": BASE | {"intervals"},
-    "experiment": BASE | {"presets", "comparison", "prospects"},
+    "experiment": BASE | {"presets", "comparison", "prospects", "runs"},
     "tracking": BASE,
     "prospects": BASE | DATA | {"engine", "intervals", "setup"},
     "presets": BASE,

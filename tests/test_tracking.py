@@ -27,12 +27,15 @@ def test_a_hosted_logger_gets_numbers_only(name, monkeypatch, tmp_path):
     module = ModuleType(name)
     module.init = lambda **options: calls.append(("init", options))
     module.log = lambda values, step: calls.append((step, values))
+    module.finish = lambda: calls.append(("finish", None))
     monkeypatch.setitem(sys.modules, name, module)
     observer = Together(open_trackers([name]))
     observer.started(parse_config({}, ["seed=7"]), tmp_path / "my-run")
     observer.stepped(STEP, 0.5)
     observer.evaluated(EVAL)
-    (what, options), step, evaluation = calls
+    observer.finish()
+    (what, options), step, evaluation, finished = calls
+    assert finished == ("finish", None)
     assert what == "init" and options["name"] == "my-run" and options["config"]["seed"] == 7
     assert step == (3, {"em/train": 0.25, "seconds": 1.5})
     assert evaluation[1] == {

@@ -11,8 +11,9 @@ from rexrag import presets
 from rexrag import train as loop
 from rexrag.config import load_config, parse_config
 from rexrag.errors import CheckpointError, DataError, RunFolderError
+from rexrag.io import sha256_file, write_json
 from rexrag.method import CueTrie
-from rexrag.runs import free_folder, last_checkpoint
+from rexrag.runs import clear_unsaved, free_folder, has_checkpoint, last_checkpoint
 from rexrag.setup import Data, Setup
 from rexrag.train import questions_of, step_seed, train
 from rexrag.types import Question
@@ -154,6 +155,30 @@ def test_fewer_dead_ends_are_probed_once_probes_fail(tmp_path, fake):
     assert 0.3 < sum(drawn[1.0][30:]) / sum(drawn[0.0][30:]) < 0.7
 
 
+def test_a_checkpoint_of_another_version_is_named(tmp_path, fake):
+    train(config("train.steps=2"), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step-2"
+    state = json.loads((folder / "state.json").read_text())
+    del state["probe_success"]
+    write_json(folder / "state.json", state)
+    digests = json.loads((folder / "digests.json").read_text())
+    write_json(folder / "digests.json", digests | {"state.json": sha256_file(folder / "state.json")})
+    with pytest.raises(CheckpointError, match="no 'probe_success': made by another version"):
+        train(config(), tmp_path / "run", resume=True)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, fake):
+    folder = tmp_path / "run"
+    train(config(), folder)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "tensorboard").mkdir()
+    clear_unsaved(folder)
+    assert not any(folder.iterdir())
+    train(config(), folder)
+    clear_unsaved(folder)
+    assert (folder / "metrics.jsonl").exists() and has_checkpoint(folder)
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, fake):
     train(config(), tmp_path / "run")
     (tmp_path / "run/checkpoints/step-4/weights.json").write_text("broken")
@@ -224,11 +249,18 @@ REAL = [
 ]
 
 
-@pytest.mark.parametrize("arm", ["grpo", "rex-rag", "rex-rag-internalize"])
-def test_two_steps_and_two_more_are_four_bit_for_bit(tmp_path, arm):
-    settings = presets.resolve("quickstart", arm, REAL)
+FOLLOWING = ["method.probe_target=1.0", "method.keep=adaptive", "method.keep_floor=0.02"]
+"""Settings that depend on what earlier steps saw."""
+
+
+@pytest.mark.parametrize(
+    ("arm", "more"),
+    [("grpo", []), ("rex-rag", []), ("rex-rag-internalize", []), ("rex-rag-rescue", FOLLOWING)],
+)
+def test_two_steps_and_two_more_are_four_bit_for_bit(tmp_path, arm, more):
+    settings = presets.resolve("quickstart", arm, [*REAL, *more])
     train(settings, tmp_path / "whole")
-    short = presets.resolve("quickstart", arm, [*REAL, "train.steps=2"])
+    short = presets.resolve("quickstart", arm, [*REAL, *more, "train.steps=2"])
     train(short, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-4", ignore_errors=True)
     train(settings, tmp_path / "cut", resume=True)

@@ -20,7 +20,10 @@ from rexrag.types import DeadEnd
 
 OPEN_TABLE = "overrides"
 """The one table, of `verl`, whose keys are not ours."""
+ENDLESS = 10**9
+"""Steps of a run that only its budget ends."""
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Below = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -29,7 +32,7 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PolicyConfig(Model):
@@ -173,7 +176,7 @@ class LearnerConfig(Model):
     lr: Positive = 3e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 5
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: tuple[Unit, Unit] = (0.9, 0.95)
+    betas: tuple[Below, Below] = (0.9, 0.95)
     grad_clip: Positive = 1.0
     minibatches: Count = 1
     """Optimizer updates a step, whatever the number of probes."""
@@ -315,7 +318,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Config:
     """Validate a parsed tree. Raises ConfigError."""
-    merged = json.loads(json.dumps(tree))
+    try:
+        merged = json.loads(json.dumps(tree))
+    except TypeError as error:  # a date: TOML has them, no setting is one
+        raise ConfigError(f"{where}: {error}; put it in quotes") from None
     _refuse_unknown(merged, Config, where)
     for override in overrides:
         _apply(merged, override)
@@ -343,15 +349,20 @@ def dump_toml(config: Config) -> str:
     tree = config.model_dump(mode="json")
     tables = {key: value for key, value in tree.items() if isinstance(value, dict)}
     tables |= {f"verl.{OPEN_TABLE}": tables["verl"].pop(OPEN_TABLE)}
-    lines = [f"{key} = {json.dumps(value)}" for key, value in tree.items() if key not in tables]
+    lines = [f"{key} = {_toml_value(value)}" for key, value in tree.items() if key not in tables]
     for section, values in tables.items():
         lines += ["", f"[{section}]"]
-        lines += [f"{_toml_key(key)} = {json.dumps(value)}" for key, value in values.items()]
+        lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in values.items()]
     return "\n".join(lines) + "\n"
 
 
+def _toml_value(value: Any) -> str:
+    """Scalars and lists of them. TOML knows no surrogate pairs and no raw DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _toml_key(key: str) -> str:
-    return key if key.isidentifier() else json.dumps(key)
+    return key if key.isidentifier() and key.isascii() else _toml_value(key)
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

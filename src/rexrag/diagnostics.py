@@ -10,20 +10,21 @@ from rexrag.config import Config
 from rexrag.engine.base import Learner, Policy
 from rexrag.method.objective import k3_kl
 from rexrag.step import Collected
-from rexrag.types import Origin, Rollout
+from rexrag.types import Origin, Rollout, searches_run
 
 
 def describe(step: Collected) -> dict[str, float]:
     """Flat figures by name; rates are fractions in [0, 1], `tokens/…` are counts of this step."""
     base, probes = step.base, step.probes
     kept = [probe for probe, keep in zip(probes, step.kept.tolist(), strict=True) if keep]
-    solved_before, solved_after = _by_group(base, "em"), _by_group([*base, *kept], "em")
-    rewards = _by_group([*base, *kept], "reward")
+    rows = [*base, *kept]
+    solved_before = _by_group(base, step.groups[: len(base)], "em")
+    solved_after, rewards = _by_group(rows, step.groups, "em"), _by_group(rows, step.groups, "reward")
     groups = max(1, len(solved_before))
     figures = {
         "em/train": _mean([r.em for r in base]),
         "reward/mean": _mean([r.reward for r in base]),
-        "searches/mean": _mean([sum(t.action == "search" for t in r.turns) for r in base]),
+        "searches/mean": _mean([searches_run(r.turns, r.forced_last_turn) for r in base]),
         "dead_ends/rate": _mean([float(r.answer is not None and r.em < 1.0) for r in base]),
         "dead_ends/unanswered": _mean([float(r.answer is None) for r in base]),
         "groups/all_wrong_before": sum(not any(em) for em in solved_before.values()) / groups,
@@ -66,10 +67,10 @@ def diagnose(step: Collected, learner: Learner, start: Policy, config: Config) -
     }
 
 
-def _by_group(rollouts: list[Rollout], figure: str) -> dict[str, list[float]]:
-    groups: dict[str, list[float]] = defaultdict(list)
-    for rollout in rollouts:
-        groups[rollout.question.group].append(getattr(rollout, figure))
+def _by_group(rollouts: list[Rollout], group_of: list[int], figure: str) -> dict[int, list[float]]:
+    groups: dict[int, list[float]] = defaultdict(list)
+    for rollout, group in zip(rollouts, group_of, strict=True):
+        groups[group].append(getattr(rollout, figure))
     return groups
 
 

@@ -18,7 +18,7 @@ from rexrag.config import Config
 from rexrag.engine.base import Policy
 from rexrag.intervals import interval
 from rexrag.retrieval.base import Retriever
-from rexrag.types import Origin, Question, Rollout, Turn
+from rexrag.types import Origin, Question, Rollout, Turn, searches_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +78,6 @@ def scored(question: Question, answer: str | None, searches: int, tokens: int, i
     """An answer's EM, F1 and sub-EM beside what it took."""
     score = score_answer(answer, question.answers)
     return Scored(question, answer, score.em, score.f1, score.sub_em, searches, tokens, invalid)
-
-
-def searches_run(turns: Sequence[Turn], forced_last_turn: bool) -> int:
-    """How many searches of a rollout were run: one in the forced last turn is not."""
-    return sum(turn.action == "search" for turn in (turns[:-1] if forced_last_turn else turns))
 
 
 def invalid_turns(turns: Sequence[Turn]) -> int:

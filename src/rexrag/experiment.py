@@ -8,6 +8,7 @@ arm, so arms are compared in pairs.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,9 +22,10 @@ from typing import Any
 
 from rexrag import presets, prospects
 from rexrag.comparison import Budget, compare, run_folder
-from rexrag.config import Config, dump_toml
+from rexrag.config import ENDLESS, Config, dump_toml
 from rexrag.errors import ConfigError, RunFolderError
 from rexrag.io import write_json, write_text
+from rexrag.runs import clear_unsaved, has_checkpoint
 
 LIMITS: dict[Budget, str] = {
     "rollouts": "max_rollouts",
@@ -31,8 +33,6 @@ LIMITS: dict[Budget, str] = {
     "tokens": "max_tokens",
     "time": "max_seconds",
 }
-ENDLESS = 10**9
-"""Steps of a run that only its budget ends."""
 DIAGNOSE_EVERY = 5
 """Steps between diagnostics of gradients and KL."""
 
@@ -64,7 +64,7 @@ def plan(
     """
     if not seeds:
         raise ConfigError("--seeds 0: expected at least one seed")
-    if amount <= 0:
+    if not (amount > 0 and math.isfinite(amount)):
         raise ConfigError(f"--amount {amount:g}: expected a budget above 0")
     names = [Path(arm).stem if arm.endswith(".toml") else arm for arm in arms]
     if len(set(names)) < len(names) or not names:
@@ -79,7 +79,7 @@ def plan(
             world = resolved.data.world_seed + seed
             update = {"world_seed": world, "fresh_questions": resolved.data.dev_limit}
             resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update=update)})
-        _refuse_unreachable(resolved, name, budget, amount)
+        _refuse(resolved, name, budget, amount)
         configs[name, seed] = resolved
     for seed in seeds:
         different = {name for name in names if configs[name, seed].data != configs[names[0], seed].data}
@@ -88,8 +88,12 @@ def plan(
     return Plan(tuple(names), tuple(seeds), budget, amount, configs)
 
 
-def _refuse_unreachable(config: Config, arm: str, budget: Budget, amount: float) -> None:
-    """A budget below a single step would only be overshot: every rollout has at least one token."""
+def _refuse(config: Config, arm: str, budget: Budget, amount: float) -> None:
+    """What could not be compared. A budget below a step is only overshot: a rollout has a token at least."""
+    if config.engine != "local":
+        raise ConfigError(f"engine = '{config.engine}': a comparison runs on the local engine only")
+    if config.data.train and not config.data.dev:
+        raise ConfigError("data.dev is empty: a comparison needs held-out questions")
     least = config.train.questions * config.method.rollouts
     if budget != "time" and amount < least:
         raise ConfigError(
@@ -103,6 +107,7 @@ def look_ahead(work: Plan, out: Path, questions: int = 150) -> dict[str, prospec
 
     Kept in `prospects.json`, so that a comparison that goes on does not ask again.
     """
+    _claim(work, out)
     file = out / "prospects.json"
     if file.is_file():
         known: dict[str, prospects.Figure] = json.loads(file.read_text(encoding="utf-8"))
@@ -132,7 +137,11 @@ def run(
             waiting[pool.submit(_run_one, work.configs[key], run_folder(out, *key))] = key
         finished = 0
         while waiting:
-            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            try:
+                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            except KeyboardInterrupt:  # the runs that are going got it too, and save; no other begins
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
             for future in done:
                 arm, seed = waiting.pop(future)
                 if future.exception() is not None:
@@ -149,12 +158,10 @@ def run(
 
 def _run_one(config: Config, folder: Path) -> None:
     """One run in a process of its own; a checkpoint that is there is resumed."""
-    resume = (folder / "checkpoints").is_dir()
+    resume = has_checkpoint(folder)
     settings = folder.with_suffix(".toml")
     write_text(settings, dump_toml(config))
-    if not resume and folder.exists():
-        for file in folder.iterdir():
-            file.unlink() if file.is_file() else None
+    clear_unsaved(folder)
     command = [sys.executable, "-m", "rexrag", "train", "--out", str(folder), "--json"]
     command += ["--resume"] if resume else [str(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -9,6 +9,8 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 4000
+ROUNDING = 1e-12
+"""Differences of this size are those of floating-point arithmetic."""
 MEMORY = 10**7
 """Numbers resampled at once: a large set is resampled in parts, with the same result for a small one."""
 
@@ -22,7 +24,7 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     if not len(data):
         return {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0}
     mean = float(data.mean())
-    if len(data) < 3 or np.ptp(data) == 0.0:
+    if len(data) < 3 or np.ptp(data) <= ROUNDING * max(1.0, abs(mean)):
         return {"value": mean, "low": mean, "high": mean, "n": len(data)}
     bounds = stats.bootstrap(
         (data,), np.mean, n_resamples=RESAMPLES, batch=_batch(len(data), RESAMPLES), vectorized=True,

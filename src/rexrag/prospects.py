@@ -105,12 +105,13 @@ def observe(
             rng = random.Random(f"prospects/{seed}/{salt}")
             chosen = [rng.randrange(len(texts)) if texts else None for _ in parents]
             forks = [
-                episode.fork(() if cue is None else policy.codec.encode(texts[cue]), cue, 0)
-                for (episode, _), cue in zip(parents, chosen, strict=True)
+                (rollout, episode.fork(() if cue is None else policy.codec.encode(texts[cue]), cue, 0))
+                for (episode, rollout), cue in zip(parents, chosen, strict=True)
             ]
-            session.run(forks, retriever, agent.temperature, seed + 2 + salt)
-            pairs = zip(parents, forks, strict=True)
-            return [(rollout, fork.rollout()) for (_, rollout), fork in pairs if fork.state is State.DONE]
+            # As in a step: a cue that does not fit the window is no probe.
+            forks = [(rollout, fork) for rollout, fork in forks if fork.state is not State.DONE]
+            session.run([fork for _, fork in forks], retriever, agent.temperature, seed + 2 + salt)
+            return [(rollout, fork.rollout()) for rollout, fork in forks]
 
         for salt, (name, texts) in enumerate(variants.items()):
             seen.probes.setdefault(name, []).extend(go_on(dead, texts, salt))

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +47,21 @@ def open_run(folder: Path, config: Config, resume: bool) -> None:
         raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Is there a checkpoint, of either engine, whole or not?"""
+    return any((folder / "checkpoints").glob("*step*"))
+
+
+def clear_unsaved(folder: Path) -> None:
+    """Remove what a run wrote before its first checkpoint, so that it can begin again. Other files stay."""
+    if has_checkpoint(folder):
+        return
+    for name in (*LOGS, "config.toml", "environment.json", "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "tensorboard", "verl"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
 def follow_config(folder: Path, config: Config, step: int) -> None:
     """`config.toml` becomes what a resumed run goes on with; other settings up to `step` stay beside it."""
     file = folder / "config.toml"
@@ -74,12 +90,30 @@ def environment(**digests: str) -> dict[str, Any]:
             continue
     return {
         "rexrag": __version__,
+        "commit": _commit(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         **versions,
         **digests,
     }
+
+
+def _commit() -> str:
+    """The commit of the source tree that runs, "+" where it was changed; "" for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        said = [
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+            ).stdout
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return said[0].strip() + ("+" if said[1].strip() else "")
 
 
 def append(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class Setup:
     """Questions (`dev`) and corpus of a second fictional world."""
     save_tokenizer: Callable[[Path], object] = lambda folder: None
     """Writes the tokenizer beside the learner's weights, so that a checkpoint is a model folder."""
+    model: str = ""
+    """Digest of the weights that the run starts from, and that a KL looks back to."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -58,16 +61,15 @@ class Setup:
             "dev": questions_digest(self.data.dev),
             "retriever": self.retriever.digest,
             "cues": "none" if self.trie is None else self.trie.digest,
+            **({"model": self.model} if self.model else {}),
         }
 
 
 def build(config: Config) -> Setup:
     """Load everything a run needs, before anything is written. Raises RexragError with one line."""
-    from rexrag.engine.local.loading import load_engine, load_policy
+    from rexrag.engine.local.loading import identity, load_engine, load_policy, resolve
     from rexrag.engine.local.policy import LocalPolicy
 
-    if config.engine != "local":
-        raise ConfigError(f"engine = '{config.engine}': this version trains with engine = 'local' only")
     data = load_data(config.data)
     retriever = make_retriever(config.retriever, data.corpus)
     policy, learner = load_engine(config)
@@ -86,6 +88,7 @@ def build(config: Config) -> Setup:
         start=lambda: load_policy(config.policy.model_copy(update={"dtype": "float32"})),
         fresh=fresh_world(config.data),
         save_tokenizer=codec.tokenizer.save_pretrained,
+        model=hashlib.sha256("\n".join(identity(resolve(config.policy.path))).encode()).hexdigest(),
     )
 
 

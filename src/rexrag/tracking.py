@@ -16,6 +16,8 @@ from rexrag.errors import ConfigError
 
 PACKAGES: Mapping[Tracker, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 PROJECT = "rexrag"
+CONTROL = "control"
+"""Folder, in a run's own, of the run beside it."""
 
 
 class Watcher(Protocol):
@@ -46,12 +48,19 @@ class Together:
         for observer in self.observers:
             observer.stepped(row, done)
 
+    def finish(self) -> None:
+        """The run is over, or was stopped: what a tracker holds back is sent; the next run is another."""
+        for observer in self.observers:
+            if isinstance(observer, TensorBoard | Hosted):
+                observer.finish()
+
 
 class TensorBoard:
     """Event files in the run folder's `tensorboard/`."""
 
     def __init__(self) -> None:
         self.module = _package("tensorboard", "torch.utils.tensorboard")
+        self.writer: Any = None
 
     def started(self, config: Config, folder: Path) -> None:
         self.writer = self.module.SummaryWriter(str(folder / "tensorboard"))
@@ -61,6 +70,10 @@ class TensorBoard:
 
     def stepped(self, row: dict[str, Any], done: float) -> None:
         self._write(numbers(row), row["step"])
+
+    def finish(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
     def _write(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -75,13 +88,17 @@ class Hosted:
         self.module = _package(name, name)
 
     def started(self, config: Config, folder: Path) -> None:
-        self.module.init(project=PROJECT, name=folder.name, config=config.model_dump(mode="json"))
+        name = folder.name if folder.name != CONTROL else f"{folder.parent.name}-{CONTROL}"
+        self.module.init(project=PROJECT, name=name, config=config.model_dump(mode="json"))
 
     def evaluated(self, figures: dict[str, Any]) -> None:
         self.module.log(evaluation(figures), step=figures["step"])
 
     def stepped(self, row: dict[str, Any], done: float) -> None:
         self.module.log(numbers(row), step=row["step"])
+
+    def finish(self) -> None:
+        self.module.finish()
 
 
 def open_trackers(names: Sequence[Tracker]) -> list[Watcher]:

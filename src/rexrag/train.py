@@ -294,7 +294,10 @@ def _restore(folder: Path, setup: Setup) -> Progress:
             )
     setup.learner.load(checkpoint)
     truncate_logs(folder, state["logs"])
-    return Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
+    missing = [field.name for field in fields(Progress) if field.name not in state]
+    if missing:
+        raise CheckpointError(f"{checkpoint}: state.json has no '{missing[0]}': made by another version")
+    return Progress(**{field.name: state[field.name] for field in fields(Progress)})
 
 
 def summarise(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:

@@ -9,6 +9,7 @@ m tokens of a cue, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
@@ -146,6 +147,11 @@ class Rollout:
 
     def count(self, origin: Origin) -> int:
         return self.origins.count(int(origin))
+
+
+def searches_run(turns: Sequence[Turn], forced_last_turn: bool) -> int:
+    """How many searches of a rollout were run: one in the forced last turn is not."""
+    return sum(turn.action == "search" for turn in (turns[:-1] if forced_last_turn else turns))
 
 
 @dataclass(frozen=True, slots=True)

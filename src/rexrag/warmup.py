@@ -34,7 +34,7 @@ def warm_up(config: Config, out: Path) -> dict[str, Any]:
     Only questions whose chain of searches the rule can find are demonstrated; their share is reported.
     Raises RexragError with one line; nothing is left half-written.
     """
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists and is not empty")
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

@@ -244,7 +244,17 @@ def test_rows_beyond_the_limit_wait_for_a_place(model, monkeypatch):
     run(model, free, seed=2)
     monkeypatch.setattr(sampler, "MAX_ROWS", 4)
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 16)
+    live = []
+    append = LocalSession._append
+
+    def watched(self, rows, plan, temperature):
+        ready = append(self, rows, plan, temperature)
+        live.append(self._cache.live)
+        return ready
+
+    monkeypatch.setattr(LocalSession, "_append", watched)
     opened = run(model, limited, seed=2)
+    assert 1 < max(live) <= 4
     assert [e.tokens for e in limited] == [e.tokens for e in free]
     # A prompt met again later costs its last token, not itself.
     assert opened.prefilled_tokens < sum(map(len, prompts(6))) + 18 + sum(

@@ -269,7 +269,9 @@ class Episode:
         if action is not None:
             self._end_turn(self._record(text, action))
         elif token in self._stops.eos or len(self.tokens) >= self._limit:
-            self._end_turn(Turn(self._turn_start, len(self.tokens)))
+            text, end = self.codec.decode(self.tokens[self._read_from :]), len(self.tokens)
+            thought = self._thought_end(text, len(text), end)
+            self._end_turn(Turn(self._turn_start, end, thought_end=thought))
 
     def _end_turn(self, turn: Turn) -> None:
         self.turns.append(turn)
@@ -288,15 +290,19 @@ class Episode:
     def _record(self, text: str, action: Action) -> Turn:
         """The turn that ends with this action; `text` is what was sampled since `_read_from`."""
         action_start = self._boundary(action.start, len(self.tokens))
-        thought = text.rfind("</think>", 0, action.start)
         return Turn(
             self._turn_start,
             len(self.tokens),
             action.kind,
             action.argument,
             action_start,
-            self._boundary(thought, action_start) if thought >= 0 else None,
+            self._thought_end(text, action.start, action_start),
         )
+
+    def _thought_end(self, text: str, stop: int, end: int) -> int | None:
+        """Token boundary before the last `</think>` that begins before character `stop`; `end` at most."""
+        thought = text.rfind("</think>", 0, stop)
+        return self._boundary(thought, end) if thought >= 0 else None
 
     def _boundary(self, position: int, end: int) -> int:
         """Largest token boundary, `end` at most, whose text ends at or before character `position`."""

@@ -51,8 +51,14 @@ def main() -> None:
             traceback.print_exc()
         print(f"rexrag: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
+        if debug:
+            traceback.print_exc()
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"rexrag: {printable(f'{where}{error.strerror or error}')}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("rexrag: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)

@@ -88,7 +88,9 @@ def evaluate(
         result = _shown(show, against or [])
     else:
         searched = {"data.corpus": corpus, "retriever.index": index, "retriever.url": retriever}
-        overrides = [f"{key}={json.dumps(value)}" for key, value in searched.items() if value]
+        overrides = [
+            f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in searched.items() if value
+        ]
         overrides += ["retriever.kind=remote"] if retriever else []
         progress = EvalProgress(console)
         try:

@@ -11,6 +11,7 @@ import typer
 
 from rexrag.cli.training import JsonOption
 from rexrag.errors import ConfigError
+from rexrag.io import printable
 
 index_app = typer.Typer(help="Build retrieval indexes.", no_args_is_help=True)
 EncoderOption = Annotated[str, typer.Option(help="A sentence-transformers folder or hub id (dense, hybrid).")]
@@ -55,7 +56,7 @@ def retrieve(
         print(f"query: {words}")
         for place, document in enumerate(documents, 1):
             text = " ".join(document.text.split())[:160]
-            print(f"{place:3}  {document.score:7.3f}  {document.title}: {text}")
+            print(printable(f"{place:3}  {document.score:7.3f}  {document.title}: {text}"))
 
 
 @index_app.command("build")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from rexrag.cli.training import JsonOption, SetOption
+from rexrag.io import printable
 
 data_app = typer.Typer(help="Make and check data sets.", no_args_is_help=True)
 
@@ -41,7 +42,7 @@ def ask(
     from rexrag.evaluation.policies import resolve_config
 
     rollout = run(question, resolve_config(policy, config, override or []), temperature, seed)
-    print(f"\nanswer: {rollout.answer if rollout.answer is not None else '(none)'}")
+    print(printable(f"\nanswer: {rollout.answer if rollout.answer is not None else '(none)'}"))
 
 
 def score(
@@ -108,14 +109,17 @@ def data_check(
 
     loaded = load_questions(questions)
     print(f"{questions}: {len(loaded):,} questions, digest {questions_digest(loaded)[:16]}")
-    print(f"first: {loaded[0].text} -> {', '.join(loaded[0].answers)}")
+    print(printable(f"first: {loaded[0].text} -> {', '.join(loaded[0].answers)}"))
     if corpus is not None:
         documents = list(read_corpus(corpus))
         print(f"{corpus}: {len(documents):,} documents, digest {documents_digest(documents)[:16]}")
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """What is installed, what this machine can run, and the command that adds what is missing."""
+    """What is installed, what this machine can run, and the command that adds what is missing.
+
+    Example: rexrag doctor --json
+    """
     from rexrag.cli.show import stdout, table
     from rexrag.doctor import examine
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rexrag import presets
-from rexrag.config import Config
-from rexrag.runs import free_folder
+from rexrag.config import ENDLESS, Config, load_config
+from rexrag.runs import clear_unsaved, free_folder, has_checkpoint
 
 ConfigArgument = Annotated[
     str | None, typer.Argument(help="A TOML file or the name of a shipped config; none: the quickstart.")
@@ -75,23 +75,27 @@ def train(
     folder = out or free_folder(settings.name)
     console = stdout()
     console.quiet = as_json
-    summaries = []
+    summaries: list[tuple[str, dict[str, Any]]] = []
     for label, part, where in _parts(settings, folder):
-        if (where / "summary.json").exists() and resume:
-            summaries.append((label, json.loads((where / "summary.json").read_text(encoding="utf-8"))))
-            continue
         budget = summaries[0][1]["generated_tokens"] if summaries else 0
         part = part if not budget else _at_budget(part, budget)
+        if resume and _is_done(part, where):
+            summaries.append((label, json.loads((where / "summary.json").read_text(encoding="utf-8"))))
+            continue
+        if resume:
+            clear_unsaved(where)
         progress = RunProgress(console, label)
         observers = Together([progress, *open_trackers(settings.train.track)])
         try:
-            summary = run(part, where, resume=resume and (where / "checkpoints").exists(), observer=observers)
+            summary = run(part, where, resume=resume and has_checkpoint(where), observer=observers)
         except KeyboardInterrupt:
             progress.stop()
-            console.print(f"stopped after a whole step; go on with: rexrag train --resume --out {folder}")
+            command = f"rexrag train --resume --out {folder}"
+            console.print(f"stopped; go on from the last checkpoint with: {command}", markup=False)
             raise
         finally:
             progress.stop()
+            observers.finish()
         summaries.append((label, summary))
     page = write_report([folder], folder / "report.html")
     if as_json:
@@ -103,7 +107,7 @@ def train(
             f"{label}: {summary['steps']} steps, {summary['generated_tokens']:,} generated tokens, "
             f"{summary['seconds']:.0f} s"
         )
-    console.print(f"run folder {folder}\npage       {page}")
+    console.print(f"run folder {folder}\npage       {page}", markup=False)
 
 
 def compare(
@@ -147,18 +151,21 @@ def compare(
     work = experiment.plan(config, names, list(wanted), chosen, amount, override or [], evals)
     console = stdout()
     console.quiet = as_json
-    console.print(f"{len(names)} arms × {seeds} seeds, {amount:g} {budget} each, control {names[0]}: {out}")
+    console.print(
+        f"{len(names)} arms × {seeds} seeds, {amount:g} {budget} each, control {names[0]}: {out}",
+        markup=False,
+    )
     ahead = experiment.look_ahead(work, out)
     title = "Before the comparison: what decides it"
     console.print(table(title, ("of the start", "share [95 %]", "n"), prospects.lines(ahead)))
     result = experiment.run(work, out, jobs, console.print)
-    page = write_report(list(experiment.run_folders(work, out)), out / "report.html")
+    page = write_report(list(experiment.run_folders(work, out)), out / "report.html", control=work.arms[0])
     if as_json:
         print(json.dumps(result))
         return
     console.print(comparison_table(result))
     console.print(diagnostics_table(result))
-    console.print(f"figures {out / 'compare.json'}\npage    {page}")
+    console.print(f"figures {out / 'compare.json'}\npage    {page}", markup=False)
 
 
 def report(
@@ -186,7 +193,14 @@ def _parts(settings: Config, folder: Path) -> list[tuple[str, Config, Path]]:
     return parts
 
 
+def _is_done(part: Config, where: Path) -> bool:
+    """Has this run ended under these very settings? Under others it may have further to go."""
+    if not (where / "summary.json").exists() or not (where / "config.toml").exists():
+        return False
+    return load_config(where / "config.toml") == part
+
+
 def _at_budget(config: Config, tokens: int) -> Config:
     """The same configuration, stopped by generated tokens instead of steps."""
-    train = config.train.model_copy(update={"max_generated": tokens, "steps": 10**9})
+    train = config.train.model_copy(update={"max_generated": tokens, "steps": ENDLESS})
     return config.model_copy(update={"train": train})

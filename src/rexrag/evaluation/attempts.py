@@ -13,9 +13,9 @@ from rexrag.agent.protocol import render_evidence
 from rexrag.config import Config
 from rexrag.engine.base import Policy, Session
 from rexrag.errors import RetrievalError
-from rexrag.evaluate import invalid_turns, searches_run
+from rexrag.evaluate import invalid_turns
 from rexrag.retrieval.base import Retriever
-from rexrag.types import Document, Origin, Question, StopReason, Turn
+from rexrag.types import Document, Origin, Question, StopReason, Turn, searches_run
 
 
 class WatchedEpisode(Episode):

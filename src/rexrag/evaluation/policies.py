@@ -10,19 +10,7 @@ from rexrag import presets
 from rexrag.config import Config, PolicyConfig, parse_config
 from rexrag.engine.base import Policy
 from rexrag.errors import ConfigError
-from rexrag.io import sha256_file
 from rexrag.runs import digest, last_checkpoint
-
-MODEL_FILES = (
-    "*.safetensors",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "*.jinja",
-)
-"""What of a model folder decides what it says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,35 +75,26 @@ def open_policy(policy: str, config: PolicyConfig, options: EndpointOptions) -> 
         )
     if options.model or options.tokenizer:
         raise ConfigError("--model and --tokenizer belong to an endpoint: --policy http://127.0.0.1:8000/v1")
-    from rexrag.engine.local.loading import load_policy, resolve
+    from rexrag.engine.local.loading import identity, load_policy, resolve
 
     source = resolve(config.path)
-    identity = digest(config.dtype, *_identity(source))
-    return PolicySource(config.path, identity, lambda: load_policy(config))
-
-
-def _identity(source: str) -> list[str]:
-    """Digests of the files of a folder; the commit of an id."""
-    folder = Path(source)
-    if folder.is_dir():
-        files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
-        return [f"{file.name} {sha256_file(file)}" for file in files]
-    from transformers import AutoConfig
-
-    try:
-        found = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"policy '{source}': no such model: {reason[:200]}") from None
-    return [source, str(getattr(found, "_commit_hash", None))]
+    name = digest(config.dtype, *identity(source))
+    return PolicySource(config.path, name, lambda: load_policy(config))
 
 
 def _weights(policy: str) -> str:
     """A run folder stands for its newest whole checkpoint."""
     folder = Path(policy)
-    if (folder / "checkpoints").is_dir():
-        return str(last_checkpoint(folder)[0])
-    return policy
+    if not (folder / "checkpoints").is_dir():
+        return policy
+    checkpoints = folder / "checkpoints"
+    newest = None if any(checkpoints.glob("global_step_*")) else last_checkpoint(folder)[0]
+    if newest is None or not (newest / "config.json").is_file():
+        raise ConfigError(
+            f"--policy {folder}: its checkpoints are verl's, or a LoRA alone; first "
+            f"rexrag model export {folder} --out DIR, then --policy DIR"
+        )
+    return str(newest)
 
 
 def _run_config(policy: str) -> Path | None:

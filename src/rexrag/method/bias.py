@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random policy")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args()
+    if args.horizon < 6:
+        parser.error(f"--horizon {args.horizon}: expected at least 6")
     world = build_world(args.horizon, args.seed)
     truth = true_gradient(world)
     rows = {}

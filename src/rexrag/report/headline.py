@@ -118,7 +118,7 @@ def _progress(run: Run) -> str:
 def _scale(arms: Sequence[Arm]) -> float:
     """Right end of the interval track: the next ten points above every interval."""
     estimates = [e for arm in arms for run in arm.runs for e in run.held_out() if e]
-    top = max([e.high if e.high is not None else e.value for e in estimates], default=0.1)
+    top = max([0.1, *(e.high if e.high is not None else e.value for e in estimates)])
     return min(1.0, -(-top * 100 // 10) / 10)
 
 

@@ -29,11 +29,12 @@ from rexrag.report.series import Arm, group_arms
 from rexrag.report.words import compact
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
+def write_report(runs: Sequence[Path], out: Path, control: str = "grpo") -> Path:
     """Write one self-contained page about `runs` (and the `control/` run inside each) to `out`.
 
     `out` is the file, or a folder in which `report.html` is written. Runs that are still going are shown as
-    far as they got. Returns the file. Raises DataError where a folder is no run folder or a file is damaged.
+    far as they got. `control`: the arm that others are compared with. Returns the file. Raises DataError
+    where a folder is no run folder or a file is damaged.
     """
     out = Path(out) / "report.html" if Path(out).is_dir() else Path(out)
     found = read_runs([Path(run) for run in runs])
@@ -41,7 +42,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     chosen = choose_rollouts(found, missing)
     found = [replace(run, notes=[*run.notes, *more]) for run, more in zip(found, missing, strict=True)]
     # A name may hold half a surrogate pair, which UTF-8 cannot write.
-    write_bytes(out, _page(found, chosen).encode("utf-8", errors="replace"))
+    write_bytes(out, _page(found, chosen, control).encode("utf-8", errors="replace"))
     return out
 
 
@@ -64,8 +65,8 @@ def _finite(value: object) -> object:
     return value
 
 
-def _page(runs: Sequence[Run], chosen: Chosen) -> str:
-    arms = group_arms(runs)
+def _page(runs: Sequence[Run], chosen: Chosen, control: str) -> str:
+    arms = group_arms(runs, control)
     charts, empty, width = make_charts(arms)
     ours = files("rexrag.report")
     scripts = [get_plotlyjs(), ours.joinpath("report.js").read_text(encoding="utf-8")]

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
+from rexrag.config import ENDLESS
 from rexrag.errors import DataError
 
 Row = Mapping[str, Any]
@@ -78,8 +79,9 @@ class Run:
         return self.folder / "rollouts.jsonl.zst"
 
     def steps(self) -> tuple[int, int | None]:
-        """Steps done, and steps planned where the configuration says so."""
+        """Steps done, and steps planned where the configuration says so (a billion is no plan)."""
         planned = number(self.config.get("train", {}), "steps")
+        planned = None if planned is None or planned >= ENDLESS else planned
         done = number(self.summary or {}, "steps")
         if done is None:
             done = float(self.metrics[-1]["step"]) if self.metrics else 0.0

@@ -29,8 +29,11 @@ class Arm:
     runs: Sequence[Run]
 
 
-def group_arms(runs: Sequence[Run]) -> list[Arm]:
-    """Runs by arm, in order of appearance. A control of the same name as its run's arm is kept apart."""
+def group_arms(runs: Sequence[Run], baseline: str = "grpo") -> list[Arm]:
+    """Runs by arm, in order of appearance. A control of the same name as its run's arm is kept apart.
+
+    baseline: the arm that others are compared with, where several were trained.
+    """
     trained = {run.arm for run in runs if not run.control}
     members: dict[str, list[Run]] = {}
     for run in runs:
@@ -40,7 +43,7 @@ def group_arms(runs: Sequence[Run]) -> list[Arm]:
     colors = iter([c for _ in members for c in zip(ARM_COLORS, SYMBOLS, strict=True)])
     arms = []
     for name, group in members.items():
-        control = any(run.control for run in group) or (name == "grpo" and len(trained) > 1)
+        control = any(run.control for run in group) or (name == baseline and len(trained) > 1)
         color, symbol = CONTROL_STYLE if control else next(colors)
         arms.append(Arm(name, color, symbol, group))
     return arms

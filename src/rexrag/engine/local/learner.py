@@ -197,13 +197,14 @@ class LocalLearner:
         advantages = torch.tensor([row.advantage for row in rows], device=device)
         mask = stream([row.mask for row in rows], torch.bool)
         clip = method.clip_low, method.clip_high
+        truncated = None
+        if any(row.truncated for row in rows):
+            truncated = stream([r.truncated or (False,) * len(r.tokens) for r in rows], torch.bool)
         loss, stats = clipped_surrogate(
             logp, behaviour, advantages, mask, *clip,
             weight=stream([r.weight or (1.0,) * len(r.tokens) for r in rows])
             if any(r.weight for r in rows) else None,
-            truncated=stream([r.truncated or (False,) * len(r.tokens) for r in rows], torch.bool)
-            if any(r.truncated for r in rows) else None,
-            truncation_cap=method.tail_cap, aggregation=method.aggregation, normalizer=normalizer,
+            truncated=truncated, truncation_cap=method.tail_cap, aggregation=method.aggregation, normalizer=normalizer,
         )  # fmt: skip
         totals["nonfinite_tokens"] += int(stats["nonfinite_tokens"])
         if method.kl > 0:
@@ -216,7 +217,7 @@ class LocalLearner:
             totals["kl"] += float(kl.detach())
         label = stream([r.segment or (Segment.BASE,) * len(r.tokens) for r in rows], torch.long)
         segments += ratio_by_label(
-            logp.detach(), behaviour, advantages, mask, label, len(Segment), *clip
+            logp.detach(), behaviour, advantages, mask, label, len(Segment), *clip, truncated
         ).cpu()
         return loss
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from rexrag.agent.codec import load_codec
@@ -22,10 +22,21 @@ from rexrag.engine.local.learner import LocalLearner
 from rexrag.engine.local.policy import LocalPolicy
 from rexrag.engine.local.state import full_weights, write_tensors
 from rexrag.errors import ConfigError, ModelError
+from rexrag.io import sha256_file
 
 EMBEDDED = {"embedded": "hard", "embedded-middle": "middle", "embedded-easy": "easy"}
 """Starts shipped in the package: name in the configuration -> folder in `rexrag/data/starts`."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+MODEL_FILES = (
+    "*.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.jinja",
+)
+"""What of a model folder decides what it says."""
 LORA_SCALE = 2.0
 """alpha / rank of every LoRA."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -111,6 +122,20 @@ def resolve(path: str) -> str:
             "expected *.safetensors"
         )
     return str(folder)
+
+
+def identity(source: str) -> list[str]:
+    """Who a model is: digests of the files of a folder, or the commit of an id. Raises ModelError."""
+    folder = Path(source)
+    if folder.is_dir():
+        files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
+        return [f"{file.name} {sha256_file(file)}" for file in files]
+    try:
+        found = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"policy '{source}': no such model: {reason[:200]}") from None
+    return [source, str(getattr(found, "_commit_hash", None))]
 
 
 def choose_device(name: str) -> torch.device:

@@ -81,6 +81,8 @@ class LocalSession:
         self._saved_bytes, self._saved_limit = 0, saved_bytes
         self._waiting: list[LiveRow] = []
         self._waited = 0
+        self._twins = 0
+        """Rows that wait for another one's prompt, and then take a place each."""
 
     def close(self) -> None:
         """Free every cache and copy."""
@@ -90,7 +92,7 @@ class LocalSession:
         self._prompts.clear()
         self._saved.clear()
         self._waiting.clear()
-        self._saved_bytes = 0
+        self._saved_bytes = self._twins = 0
 
     @torch.inference_mode()
     def run(self, episodes: Sequence[Episode], retriever: Retriever, temperature: float, seed: int) -> None:
@@ -122,11 +124,13 @@ class LocalSession:
         """Start queued rows: from a parent's cache, from a row with the same prompt, or from nothing."""
         later: list[LiveRow] = []
         expected = min(len(queue), MAX_ROWS)
-        for _ in range(min(len(queue), MAX_ROWS - self._cache.live)):
+        for _ in range(min(len(queue), MAX_ROWS - self._cache.live - self._twins)):
             row = queue.popleft()
             source, shared = self._source(row)
             if source is not None and not source.length:  # about to run the same prompt
-                (source.twins if source.fresh and row.fresh else later).append(row)
+                twin = source.fresh and row.fresh
+                (source.twins if twin else later).append(row)
+                self._twins += twin
                 continue
             prefix = [*row.episode.prompt, *row.episode.tokens]
             if source is None:
@@ -263,6 +267,7 @@ class LocalSession:
             for twin in row.twins:
                 self._known[id(twin.episode)] = twin
                 self._cache.restore(twin, row, row.length)
+            self._twins -= len(row.twins)
             row.twins = []
         return ready, hidden[self._tensor(last)]
 

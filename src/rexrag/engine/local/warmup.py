@@ -17,10 +17,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional
@@ -93,7 +93,7 @@ class Warmup(Model):
     topk: Count = 2
     lr: Positive = 3e-3
     matrix_lr: Positive = 0.02
-    decay_from: Unit = 0.4
+    decay_from: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.4
     """Share of the steps after which the learning rate falls linearly to 3 %."""
     hidden: Count = 128
     layers: Count = 5
@@ -104,12 +104,20 @@ class Warmup(Model):
     compile: bool = False
     """Compile the decoder (needs a C++ compiler): about 1.6 times as fast after a minute."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Warmup:
+        if self.worlds > self.batch:
+            raise ValueError(f"worlds = {self.worlds} is more than batch = {self.batch}")
+        return self
+
 
 def warm_up(settings: Warmup, out: str | Path) -> dict[str, Any]:
     """Train a start and write it to `out`, a Hugging Face folder with `start.json`; returns start.json.
 
-    Raises ModelError where `settings.start` is no model folder.
+    Raises ModelError where `settings.start` is no model folder, ConfigError where something stands at `out`.
     """
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ConfigError(f"{out}: exists and is not empty")
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     if settings.start:

@@ -42,6 +42,8 @@ def check_settings(config: Config) -> None:
         raise ConfigError("policy.train_last_layers: verl trains all weights or a LoRA; set it to 0")
     if train.track:
         raise ConfigError("train.track: verl has loggers of its own; name them in verl.loggers")
+    if train.control:
+        raise ConfigError("train.control: engine = 'verl' trains one arm a run; set it to ''")
     if train.diagnose_every or config.data.fresh_questions:
         raise ConfigError(
             "train.diagnose_every and data.fresh_questions are not there for engine = 'verl'; set them to 0"
@@ -66,8 +68,7 @@ def check_settings(config: Config) -> None:
             f"verl.prompt_tokens = {verl.prompt_tokens} leaves nothing of "
             f"agent.total_tokens = {config.agent.total_tokens} for a response"
         )
-    longest = min(verl.tokens_per_gpu, 10**9)
-    if longest < config.agent.total_tokens:
+    if verl.tokens_per_gpu < config.agent.total_tokens:
         raise ConfigError(
             f"verl.tokens_per_gpu = {verl.tokens_per_gpu} is less than agent.total_tokens = "
             f"{config.agent.total_tokens}: the longest row would fit no micro-batch"

@@ -11,16 +11,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rexrag.engine.local.loading import DTYPES, LORA_SCALE
+from rexrag.agent.codec import load_codec
+from rexrag.config import load_config
+from rexrag.engine.local.loading import DTYPES, LORA_SCALE, choose_trained, export_model, load_model
 from rexrag.engine.local.state import write_tensors
 from rexrag.errors import ModelError, RunFolderError
 from rexrag.io import atomic_folder, write_json
 
 LORA_FILE = "lora_train_meta.json"
+ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
+"""Files of a local checkpoint (`engine.local.state`)."""
 EXTRA = (
     "tokenizer*",
     "vocab*",
@@ -42,6 +47,9 @@ def export(source: Path, out: Path, dtype: str = "") -> dict[str, Any]:
         raise RunFolderError(f"{out} is not empty; choose another --out")
     if dtype and dtype not in DTYPES:
         raise ModelError(f"dtype '{dtype}': expected {' or '.join(DTYPES)}")
+    adapter = _local_adapter(source)
+    if adapter is not None:
+        return _merge_adapter(adapter, out, dtype)
     folder = checkpoint_folder(source)
     tensors = read_weights(folder)
     if any("lora_" in name for name in tensors):
@@ -89,10 +97,39 @@ def _of_run(run: Path) -> list[Path]:
     return [folder for path in newest for folder in (path / "actor" / "huggingface", path)]
 
 
+def _local_adapter(source: Path) -> Path | None:
+    """A checkpoint of the local engine that holds a LoRA alone; of a run its newest."""
+    found = [folder for folder in (source, *_of_run(source)) if (folder / "learner.json").is_file()]
+    return found[0] if found and (found[0] / ADAPTER).is_file() else None
+
+
+def _merge_adapter(checkpoint: Path, out: Path, dtype: str) -> dict[str, Any]:
+    """The run's start with the LoRA of one of its checkpoints merged in."""
+    settings = checkpoint.parent.parent / "config.toml"
+    if not settings.is_file():
+        raise ModelError(f"{checkpoint}: a LoRA, and {settings} that names its start is missing")
+    config = load_config(settings)
+    policy = config.policy.model_copy(update={"device": "cpu"})
+    model, source = load_model(policy, dtype=torch.float32)
+    choose_trained(model, policy, config.seed)
+    weights, parameters = read_weights(checkpoint), dict(model.named_parameters())
+    if not weights.keys() <= parameters.keys():
+        raise ModelError(f"{checkpoint}: its LoRA does not fit {source}")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)
+    with atomic_folder(out) as fresh:
+        export_model(model.to(DTYPES[dtype or policy.dtype]), load_codec(source), fresh)
+    count = sum(tensor.numel() for tensor in read_weights(out).values())
+    return {"from": str(checkpoint), "out": str(out), "parameters": count, "dtype": dtype or policy.dtype}
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors. Raises ModelError."""
+    """All tensors of a folder's safetensors, an optimizer's aside. Raises ModelError."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
+        if file.name == OPTIMIZER:
+            continue
         try:
             tensors |= load_file(file)
         except (OSError, SafetensorError) as error:
