@@ -85,9 +85,16 @@ class NonFiniteError(MethodError, ArithmeticError):
 
 
 class RetrievalError(RexragError, ConnectionError):
-    """A search failed after every retry. It never becomes an empty result."""
+    """A search failed after every retry. It never becomes an empty result.
+
+    refused: the service is there and does not want this request, so trying again is of no use.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 class EndpointError(RexragError, ConnectionError):

@@ -79,9 +79,10 @@ class QuestionSet:
         return stratum(question) if self.stratified else ""
 
 
-def load_sets(source: str, wanted: Sequence[str] = ()) -> list[QuestionSet]:
+def load_sets(source: str, wanted: Sequence[str] = (), partly: bool = False) -> list[QuestionSet]:
     """The sets of a file, a folder or a hub id; `wanted` names some of the seven, in any of their spellings.
 
+    partly: those of them that are here. Without, one that is missing is a DataError.
     Raises DataError (file, row, field), ConfigError for an unknown set or where a hub needs `datasets`.
     """
     names = [canonical(name) for name in wanted]
@@ -96,7 +97,7 @@ def load_sets(source: str, wanted: Sequence[str] = ()) -> list[QuestionSet]:
         raise DataError("no such file, folder or hub id (owner/name)", file=source)
     chosen = [one for one in found if not names or one.name in names]
     missing = [name for name in names if name not in {one.name for one in chosen}]
-    if missing:
+    if missing and not partly:
         _refuse_unknown(missing)
         here = ", ".join(one.name for one in found)
         raise DataError(f"no set '{missing[0]}' here{f'; found: {here}' if here else ''}", file=source)
@@ -108,7 +109,8 @@ def sample(whole: QuestionSet, limit: int, seed: int = 0, stratify: bool = False
 
     Which ones depends on `seed` and each question's group alone, not on the file's order, and a smaller
     sample is part of a larger one. `stratify` draws from each kind (kind and hops) its share, rounded by
-    largest remainder; a stratum too small for a place gets none.
+    largest remainder; a stratum too small for a place gets none. Because of the rounding, a smaller stratified
+    sample need not be part of a larger one.
     """
     questions = whole.questions
     if not limit or limit >= len(questions):

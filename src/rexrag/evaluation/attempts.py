@@ -76,13 +76,14 @@ class Attempt:
     encoded_anew: int = 0
     """Turns that an endpoint gave as text, so that their tokens may be split differently."""
 
-    def add(self, episode: WatchedEpisode, bench: Bench, since: int = 0) -> None:
-        """Count an episode in; `since`: its tokens from there on are new (a probe shares its parent's)."""
-        turns = episode.turns
-        first = sum(turn.end <= since for turn in turns) if since else 0
-        written = episode.origins[since:].count(int(Origin.POLICY))
+    def add(self, episode: WatchedEpisode, bench: Bench, since: int | None = None) -> None:
+        """Count an episode in; of a probe only what came after its cut, `since`: its parent wrote the rest."""
+        turns, start = episode.turns, since or 0
+        first = sum(turn.end <= start for turn in turns)
+        written = episode.origins[start:].count(int(Origin.POLICY))
         self.tokens += written
-        self.read += len(episode.origins) - since - written + (0 if since else len(episode.prompt))
+        self.read += len(episode.origins) - start - written
+        self.read += len(episode.prompt) if since is None else 0
         forced = len(turns) > episode.config.search_turns
         self.searches += searches_run(turns[first:], forced)
         self.invalid += invalid_turns(turns[first:])

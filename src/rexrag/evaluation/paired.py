@@ -64,6 +64,7 @@ def compare(
         pairs = [(ours[name, way], theirs[name, other]) for name in shared]
         found = []
         for name, pair in zip(shared, pairs, strict=True):
+            _refuse_other_questions(label, name, *pair)
             values = {score: difference(*pair, score) for score in SCORES}
             if values["em"] is not None:
                 found.append({"set": name, "way": way, "against": label, "other": other, **values})
@@ -74,6 +75,17 @@ def compare(
     if not rows:
         raise ConfigError(f"{label}: shares no question with this evaluation, so nothing can be compared")
     return rows
+
+
+def _refuse_other_questions(label: str, name: str, ours: Records, theirs: Records) -> None:
+    """Rows of a group must ask the same: ids that are row numbers move when a file changes."""
+    for group, row in ours.items():
+        other = theirs.get(group)
+        if other is not None and any(row.get(key) != other.get(key) for key in ("question", "answers")):
+            raise ConfigError(
+                f"{label}: question {group} of {name} is another one there "
+                f"({str(other.get('question'))[:60]!r}), so nothing can be paired"
+            )
 
 
 def load_evaluation(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], Records]]:

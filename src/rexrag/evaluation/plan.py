@@ -9,7 +9,7 @@ from typing import Any
 
 from rexrag.agent.prompts import BASELINES, TEMPLATES, cue_pool, pool_digest
 from rexrag.config import Config
-from rexrag.data.benchmarks import QuestionSet, load_sets, sample, whole_set
+from rexrag.data.benchmarks import QuestionSet, canonical, load_sets, sample, whole_set
 from rexrag.data.world import World
 from rexrag.errors import ConfigError
 from rexrag.evaluation.attempts import NoRetriever
@@ -144,8 +144,14 @@ def _settings(policy: PolicySource, config: Config, choices: Choices) -> dict[st
 
 def _question_sets(config: Config, choices: Choices) -> tuple[list[QuestionSet], bool]:
     """The sets, sampled; and whether they are the embedded world's."""
+    if "reflect" in choices.strategies and config.method.cues == "none":
+        raise ConfigError("--strategy reflect needs cues: --set method.cues=default")
     if choices.data:
-        whole = [one for source in choices.data for one in load_sets(source, choices.sets)]
+        several = len(choices.data) > 1  # then each source need not hold every set that is asked for
+        whole = [one for source in choices.data for one in load_sets(source, choices.sets, partly=several)]
+        missing = [name for name in map(canonical, choices.sets) if name not in {one.name for one in whole}]
+        if missing:
+            raise ConfigError(f"--sets {missing[0]}: in none of the sources that --data names")
         names = [one.name for one in whole]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

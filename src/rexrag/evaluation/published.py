@@ -81,9 +81,17 @@ def _search_obstacles(config: Config, retriever: Retriever, vouched: str) -> lis
     if documents != CORPUS_SIZE:
         shown = f"{documents:,}" if documents else "an unknown number of"
         found.append(f"corpus of {shown} passages, not Wikipedia 2018 ({CORPUS_SIZE:,})")
-    if "e5-base-v2" not in str(getattr(config.retriever, "encoder", "")).lower():
-        found.append(f"retriever {config.retriever.kind}, not E5-base-v2")
+    if not _is_exact_e5(retriever):
+        found.append(f"retriever {config.retriever.kind}, not exact search with E5-base-v2")
     return found
+
+
+def _is_exact_e5(retriever: Retriever) -> bool:
+    """Does it rank by all vectors of an encoder that calls itself E5-base-v2?"""
+    ranker = getattr(retriever, "ranker", None)
+    model = getattr(getattr(getattr(ranker, "encoder", None), "card", None), "model", "")
+    exact = getattr(getattr(ranker, "options", None), "ann", "") == "flat"
+    return exact and "e5-base-v2" in str(model).lower()
 
 
 def _budget_obstacles(agent: AgentConfig, topk: int) -> list[str]:

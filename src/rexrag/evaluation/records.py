@@ -68,17 +68,18 @@ def append_records(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def read_records(folder: Path) -> Records:
-    """The newest row of each question. A last line that a kill cut in half is removed from the file.
+def read_records(folder: Path, mend: bool = False) -> Records:
+    """The newest row of each question. A last line that a kill cut in half is left out.
 
-    Raises DataError where another line is no row.
+    mend: remove that half from the file, before more is written to it. Raises DataError where another line
+    is no row.
     """
     file = folder / FILE
     if not file.exists():
         return {}
     data = file.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
+    if mend and len(whole) < len(data):
         os.truncate(file, len(whole))
     rows: Records = {}
     for number, line in enumerate(whole.splitlines(), 1):

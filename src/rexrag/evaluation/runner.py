@@ -24,7 +24,7 @@ from rexrag import __version__
 from rexrag.agent.episode import Episode
 from rexrag.agent.prompts import cue_pool
 from rexrag.engine.base import Policy
-from rexrag.errors import ConfigError, RetrievalError, RunFolderError
+from rexrag.errors import ConfigError, DataError, RetrievalError, RunFolderError
 from rexrag.evaluation.attempts import Attempt, Bench
 from rexrag.evaluation.audit import Audit, audit
 from rexrag.evaluation.paired import compare, load_evaluation, macro
@@ -71,6 +71,8 @@ def run(plan: Plan, options: Options, observer: Observer | None = None) -> dict[
             raise ConfigError(
                 f"{label}: holds none of the sets {', '.join(plan.sets)}, so nothing can be compared"
             )
+    # Before anything is asked: a corpus that cannot be read is then known at once.
+    audits = _audits(plan, observer) if options.audit else {}
     rows = _open_cells(plan, options.fresh)
     missing = [(cell, _missing(cell, rows[cell.name])) for cell in plan.cells]
     total = sum(len(questions) for _, questions in missing)
@@ -79,7 +81,6 @@ def run(plan: Plan, options: Options, observer: Observer | None = None) -> dict[
     gone = ""
     if total:
         gone = _Runner(plan, options, rows, observer).run(missing)
-    audits = _audits(plan, observer) if options.audit else {}
     result = _result(plan, options, rows, audits, gone)
     write_json(plan.out / "eval.json", result | {"paired": []})  # figures are safe whatever comes after
     result["paired"] = _paired(plan, rows, others)
@@ -132,11 +133,16 @@ class _Runner:
 
 
 def _attempts(strategy: Strategy, bench: Bench, batch: Sequence[Question]) -> list[Attempt]:
-    """A search that failed after every retry fails the whole batch, which had to wait for it."""
+    """What a single question did wrong (a prompt beyond the window, a query that the retriever refuses) fails
+    that question alone: it is found by asking the halves of the batch apart."""
     try:
         return strategy(bench, batch)
-    except RetrievalError as error:
-        return [Attempt(question, failure=str(error)) for question in batch]
+    except (DataError, RetrievalError) as error:
+        away = isinstance(error, RetrievalError) and not error.refused
+        if away or len(batch) == 1:
+            return [Attempt(question, failure=str(error)) for question in batch]
+    half = len(batch) // 2
+    return [a for part in (batch[:half], batch[half:]) for a in _attempts(strategy, bench, part)]
 
 
 def _open_cells(plan: Plan, fresh: bool) -> dict[str, Records]:
@@ -148,7 +154,7 @@ def _open_cells(plan: Plan, fresh: bool) -> dict[str, Records]:
             write_json(folder / "settings.json", cell.settings | {"policy_name": plan.policy.name})
             if fresh:
                 (folder / "records.jsonl").unlink(missing_ok=True)
-            rows[cell.name] = read_records(folder)
+            rows[cell.name] = read_records(folder, mend=True)
     except OSError as error:
         raise RunFolderError(f"{plan.out}: cannot be written: {error.strerror or error}") from None
     return rows
@@ -176,10 +182,12 @@ def _audits(plan: Plan, observer: Observer | None) -> dict[str, Audit]:
     if all(cell.strategy in CLOSED_BOOK for cell in plan.cells):
         return {}
     path = plan.config.data.corpus
-    identity = sha256_file(path) if path else plan.retriever.digest
-    key = digest(
-        identity, *(f"{s.name} {s.digest} {len(s.questions)} {plan.seed}" for s in plan.sets.values())
-    )
+    try:
+        identity = sha256_file(path) if path else plan.retriever.digest
+    except OSError as error:
+        raise DataError(error.strerror or "not readable", file=path) from None
+    asked = (f"{s.name} {s.digest} {digest(*(q.group for q in s.questions))}" for s in plan.sets.values())
+    key = digest(identity, *asked)
     file = plan.out / "audits" / f"{key[:16]}.json"
     if file.exists():
         known = json.loads(file.read_text(encoding="utf-8"))["sets"]
@@ -205,6 +213,10 @@ def _result(
     for cell in plan.cells:
         judged = audits.get(cell.chosen.name) if cell.strategy not in CLOSED_BOOK else None
         special = cell_obstacles(cell.chosen, cell.strategy, cell.votes, cell.temperature)
+        found = cell_figures(cell.chosen, rows[cell.name], judged)
+        answered, wanted = found["asked"] - found["failed"], len(cell.chosen.questions)
+        if answered < wanted:
+            special.append(f"{answered:,} of {wanted:,} questions answered so far")
         cells.append(
             {
                 "set": cell.chosen.name,
@@ -215,7 +227,7 @@ def _result(
                 "folder": f"cells/{cell.name}",
                 "comparable": not barriers and not special,
                 "not_comparable_because": [*barriers, *special],
-                **cell_figures(cell.chosen, rows[cell.name], judged),
+                **found,
             }
         )
     return {

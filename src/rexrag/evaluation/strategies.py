@@ -149,7 +149,7 @@ def reflect(bench: Bench, questions: Sequence[Question]) -> list[Attempt]:
         attempt = Attempt(questions[i], episode.answer)
         _count(attempt, episode, bench, start)
         if i in again:
-            _count(attempt, again[i], bench, start, since=again[i].cut or 0)
+            _count(attempt, again[i], bench, start, since=again[i].cut)
             attempt.answer = again[i].answer if again[i].answer is not None else episode.answer
         attempts.append(attempt)
     return attempts
@@ -219,7 +219,9 @@ def _one_each(bench: Bench, episodes: Sequence[WatchedEpisode], start: float | N
     return attempts
 
 
-def _count(attempt: Attempt, episode: WatchedEpisode, bench: Bench, start: float, since: int = 0) -> None:
+def _count(
+    attempt: Attempt, episode: WatchedEpisode, bench: Bench, start: float, since: int | None = None
+) -> None:
     attempt.add(episode, bench, since)
     attempt.seconds = max(attempt.seconds, episode.ended - start)
 

@@ -98,9 +98,7 @@ def build_index(
     refuse_other_folder(out)
     tell: Progress = progress or (lambda stage, done, total: None)
     partial = out.with_name(f"{out.name}.partial")
-    if restart and (partial / STATE).is_file():
-        shutil.rmtree(partial)
-    with _claimed(partial, Path(corpus), options) as state:
+    with _claimed(partial, Path(corpus), options, restart) as state:
         if "corpus_digest" not in state:
             rows = read_corpus(corpus, unique=False)
             digest = write_documents(partial, rows, lambda done: tell("documents", done, documents), corpus)
@@ -113,7 +111,6 @@ def build_index(
         if options.dense_part:
             recorded["dense"] = _dense(partial, stored, options, state, tell)
         whole = {**asdict(options.fusion), "parts": recorded} if options.kind == "hybrid" else None
-        (partial / STATE).unlink()
         write_manifest(
             partial,
             options.kind,
@@ -121,8 +118,10 @@ def build_index(
             len(stored),
             whole or recorded[options.kind],
             lambda done, files: tell("checking", done, files),
+            aside=(STATE,),
         )
         replace_folder(partial, out)
+        (out / STATE).unlink(missing_ok=True)  # last: until then the same command goes on
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return {"documents": len(stored), "corpus_digest": state["corpus_digest"], "bytes": size}
 
@@ -151,7 +150,7 @@ def _lexical(
 def _dense(
     folder: Path, stored: StoredDocuments, options: BuildOptions, state: dict[str, Any], tell: Progress
 ) -> Mapping[str, Any]:
-    from rexrag.retrieval.dense import DenseOptions, build_ann, build_vectors
+    from rexrag.retrieval.dense import DenseOptions, build_ann, build_vectors, tidy
     from rexrag.retrieval.encoder import Encoder
 
     encoder = Encoder(
@@ -172,6 +171,7 @@ def _dense(
     if "ann" not in state:
         build_ann(folder, dense, lambda done: tell("ann", done, len(stored)))
         _finish(folder, state, "ann", True)
+    tidy(folder, dense)
     return {"encoder": card, **asdict(dense)}
 
 
@@ -181,7 +181,9 @@ def _finish(folder: Path, state: dict[str, Any], stage: str, value: object) -> N
 
 
 @contextmanager
-def _claimed(partial: Path, corpus: Path, options: BuildOptions) -> Iterator[dict[str, Any]]:
+def _claimed(
+    partial: Path, corpus: Path, options: BuildOptions, restart: bool = False
+) -> Iterator[dict[str, Any]]:
     """The state of the build in `partial`, new or continued; one process at a time.
 
     After a mistake in the input (nothing that going on could mend) the folder is removed.
@@ -200,6 +202,9 @@ def _claimed(partial: Path, corpus: Path, options: BuildOptions) -> Iterator[dic
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise IndexFolderError(f"{partial}: another build is writing here") from None
+        if restart and (partial / STATE).is_file():
+            shutil.rmtree(partial)
+            partial.mkdir()
         state = _read_state(partial, asked)
         write_json(partial / STATE, state)
         try:

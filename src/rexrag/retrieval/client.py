@@ -110,7 +110,7 @@ class RemoteRetriever:
                     return response
                 cause = f"status {response.status_code}: {response.text[:200].strip()}"
                 if not may_pass(response):
-                    raise RetrievalError(f"{self.url}: {cause}")
+                    raise RetrievalError(f"{self.url}: {cause}", refused=True)
                 asked = retry_after(response.headers.get("Retry-After"))
             if attempt < self.retries:
                 self._sleep(pause(attempt, asked, self._jitter))

@@ -208,6 +208,10 @@ def build_ann(folder: Path, options: DenseOptions, counted: Callable[[int], None
                 saved = index.ntotal
         _write(index, folder / ANN)
         partial.unlink(missing_ok=True)
+
+
+def tidy(folder: Path, options: DenseOptions) -> None:
+    """Remove what only the build needed. Once this began, the build of the vectors cannot go on."""
     if not options.keeps_vectors:
         (folder / VECTORS).unlink(missing_ok=True)
     (folder / DONE).unlink(missing_ok=True)

@@ -58,9 +58,14 @@ def write_manifest(
     documents: int,
     options: Mapping[str, Any],
     counted: Callable[[int, int], None] = lambda done, files: None,
+    aside: Sequence[str] = (),
 ) -> None:
-    """The last file of an index folder; lists every other one. `counted` hears how many have been read."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    """The last file of an index folder; lists every other one. `counted` hears how many have been read.
+
+    aside: names of files that are no part of the index.
+    """
+    left_out = {MANIFEST, *aside}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in left_out)
     listed = {}
     for done, file in enumerate(files):
         counted(done, len(files))

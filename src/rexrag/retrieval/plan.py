@@ -83,7 +83,9 @@ def plan(corpus: str | Path, out: str | Path, options: BuildOptions) -> Plan:
         more = _dense(documents, [document.contents for document in rows[:ENCODED]], options)
         disk, scratch, memory, seconds = disk + more[0], more[1], max(memory, more[2]), seconds + more[3]
     return _judged(
-        Plan(documents, disk, scratch, memory, seconds, _free(out), _free_memory(), ()), options, out
+        Plan(documents, disk, scratch, memory, seconds, _free(out) + _begun(out), _free_memory(), ()),
+        options,
+        out,
     )
 
 
@@ -111,6 +113,12 @@ def _dense(documents: int, sample: list[str], options: BuildOptions) -> tuple[fl
     training = 4.0 * dense.trained_on(documents) * encoder.card.dimension
     memory = BASE_MEMORY + ENCODER_MEMORY + ann + (training if dense.ann == "ivf-pq" else 0.0)
     return disk, scratch if dense.ann != "flat" else 0.0, memory, encoding * documents
+
+
+def _begun(out: str | Path) -> int:
+    """Bytes of an unfinished build of `out`, which need not be found again."""
+    partial = Path(out).with_name(f"{Path(out).name}.partial")
+    return sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
 
 
 def _judged(found: Plan, options: BuildOptions, out: str | Path) -> Plan:

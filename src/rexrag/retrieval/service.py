@@ -7,7 +7,7 @@
     GET  /metrics   Prometheus text
 
 Errors are `{"detail": "one line"}`: 401 no or wrong token, 411 and 413 body length, 422 anything else about
-the request, 429 with Retry-After where too many queries wait, 502 the retriever itself failed.
+the request, 429 with Retry-After where too many queries wait, 502 a service behind this one failed.
 """
 
 from __future__ import annotations

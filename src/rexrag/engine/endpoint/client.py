@@ -166,6 +166,8 @@ def base_url(url: str) -> httpx.URL:
         parsed = httpx.URL(url.rstrip("/").removesuffix("/completions"))
     except httpx.InvalidURL as error:
         raise ConfigError(f"policy '{url}': {error}") from None
+    if parsed.query:
+        raise ConfigError(f"policy of host '{parsed.host}': an address without a query is expected")
     if parsed.userinfo:
         raise ConfigError(f"policy of host '{parsed.host}': a secret belongs in ${TOKEN_VARIABLE}")
     if parsed.scheme not in ("http", "https") or not parsed.host:
@@ -191,7 +193,7 @@ def parse_completion(body: object, prompt: Sequence[int], max_tokens: int) -> Co
     ids = _token_ids(choice)
     if ids is not None and len(ids) > max_tokens:
         raise ValueError(f"{len(ids)} tokens, but at most {max_tokens} were asked for")
-    if not text and not ids and reason == "length":
+    if reason == "length" and (not ids if ids is not None else not text):
         raise ValueError("an empty completion at the token limit")
     stop_fields = [field for field in ("stop_reason", "matched_stop") if field in choice]
     stopped_by = choice[stop_fields[0]] if stop_fields else None

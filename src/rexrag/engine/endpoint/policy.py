@@ -91,6 +91,7 @@ class EndpointSession:
         self.generated_tokens = 0
         self.prefilled_tokens = 0
         self._lock = threading.Lock()
+        self._stopped = threading.Event()
 
     def close(self) -> None:
         pass
@@ -107,6 +108,7 @@ class EndpointSession:
                 for future in driven:
                     future.result()
             except BaseException:
+                self._stopped.set()  # rollouts that are going end with the request they wait for
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -114,7 +116,7 @@ class EndpointSession:
         try:
             with self._lock:
                 self.prefilled_tokens += len(episode.prompt)
-            while episode.state is not State.DONE:
+            while episode.state is not State.DONE and not self._stopped.is_set():
                 if episode.state is State.SEARCH:
                     episode.found(search(episode.query, episode.topk))
                 elif episode.state is State.FORCED:
@@ -148,7 +150,7 @@ class EndpointSession:
         codec = self.policy.codec
         seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big") >> 1
         done = self.policy.client.complete(prefix, limit, temperature, seed)
-        ids = list(done.ids) if done.ids is not None else codec.encode(done.text)[:limit]
+        ids = list(done.ids) if done.ids is not None else codec.encode(_without_end(done.text, codec))[:limit]
         exact = done.ids is not None
         if done.finished:
             text = codec.decode(ids)
@@ -168,10 +170,18 @@ def _trimmed_stop(text: str, stopped_by: str | int | None, names_stop: bool) -> 
     """
     if names_stop and stopped_by not in STOPS:
         return ""
-    for stop in STOPS:
-        if (stopped_by == stop or not names_stop) and text.rfind(stop.replace("/", "")) > text.rfind(stop):
-            return stop
-    return ""
+    opened = {stop: text.rfind(stop.replace("/", "")) for stop in STOPS}
+    is_open = [
+        stop for stop in STOPS if (stopped_by == stop or not names_stop) and opened[stop] > text.rfind(stop)
+    ]
+    return max(is_open, key=lambda stop: opened[stop], default="")
+
+
+def _without_end(text: str, codec: Codec) -> str:
+    """The text without an end token that the server wrote out: as text it would be other tokens."""
+    for end in (codec.decode([token]) for token in codec.eos_ids):
+        text = text.removesuffix(end) if end.strip() else text
+    return text
 
 
 def _end_token(codec: Codec) -> int:

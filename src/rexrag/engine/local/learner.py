@@ -204,7 +204,8 @@ class LocalLearner:
             logp, behaviour, advantages, mask, *clip,
             weight=stream([r.weight or (1.0,) * len(r.tokens) for r in rows])
             if any(r.weight for r in rows) else None,
-            truncated=truncated, truncation_cap=method.tail_cap, aggregation=method.aggregation, normalizer=normalizer,
+            truncated=truncated, truncation_cap=method.tail_cap,
+            aggregation=method.aggregation, normalizer=normalizer,
         )  # fmt: skip
         totals["nonfinite_tokens"] += int(stats["nonfinite_tokens"])
         if method.kl > 0:
