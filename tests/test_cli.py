@@ -298,9 +298,13 @@ def test_a_user_s_own_files_train_through_the_same_code(run, tmp_path):
     ]
     paths = [f"data.dev={tmp_path}/data/dev.jsonl", "method.allow_large_alpha=true", *small]
     code, out, err = run("train", *own(tmp_path / "data", *paths), "--out", tmp_path / "run", "--json")
-    torch.set_num_threads(threads)
     assert code == 0, err
     summary = json.loads(out)
+    resume = ("train", "--resume", "--out", tmp_path / "run", "--json")
+    for more, steps in (((), 1), (("--set", "train.steps=2"), 2), ((), 2)):
+        code, out, err = run(*resume, *more)
+        assert code == 0 and json.loads(out)["rex-rag-rescue"]["steps"] == steps, err
+    torch.set_num_threads(threads)
     assert summary["rex-rag-rescue"]["em_before"]["n"] == 4
     assert (tmp_path / "run" / "report.html").stat().st_size > 1e6
     code, out, _ = run("ask", "Who is married to Anna?", "--policy", tmp_path / "run")

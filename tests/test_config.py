@@ -93,3 +93,29 @@ def test_every_switch_of_the_method_is_a_config_value():
             assert getattr(MethodConfig(**{name: value}), name) == value
     numbers = {"keep_ratio", "keep_floor", "clip_low", "clip_high", "kl", "probe_probability"}
     assert {f"method.{name}" for name in numbers | set(switches)} <= set(known_keys())
+
+
+def test_settings_with_any_text_survive_the_file(tmp_path):
+    for name in ("𠮷野家 🦖", "tab\tand\x7fdel", 'quo"te\\'):
+        config = parse_config({"name": name, "verl": {"overrides": {name: name, "a": [name]}}})
+        (tmp_path / "c.toml").write_text(dump_toml(config), encoding="utf-8")
+        assert load_config(tmp_path / "c.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("learner.grad_clip=inf", "finite"),
+        ("learner.betas=[1.0,0.9]", "less than 1"),
+        ("name=2024-05-01", "valid string"),
+    ],
+)
+def test_numbers_that_are_no_settings_are_refused(override, says):
+    with pytest.raises(ConfigError, match=says):
+        parse_config({}, [override])
+
+
+def test_a_date_is_no_setting(tmp_path):
+    (tmp_path / "c.toml").write_text("name = 2024-05-01\n")
+    with pytest.raises(ConfigError, match="put it in quotes"):
+        load_config(tmp_path / "c.toml")

@@ -48,3 +48,9 @@ def test_resampling_in_parts_changes_nothing(monkeypatch):
     parts = interval(values), paired_p(differences), macro_interval([values])
     for one, other in zip(whole, parts, strict=True):
         assert one == pytest.approx(other, abs=0.01)
+
+
+def test_values_equal_but_for_rounding_have_no_spread():
+    values = [0.13000000000000003, 0.13, 0.13]
+    found = interval(values)
+    assert found["low"] == found["value"] == found["high"] == pytest.approx(0.13)

@@ -9,7 +9,8 @@ from rexrag.agent.episode import Episode
 from rexrag.config import AgentConfig, PolicyConfig
 from rexrag.data.world import World
 from rexrag.engine.endpoint import EndpointPolicy, connect
-from rexrag.engine.endpoint.client import CompletionClient, base_url
+from rexrag.engine.endpoint.client import CompletionClient, base_url, parse_completion
+from rexrag.engine.endpoint.policy import _trimmed_stop, _without_end
 from rexrag.engine.local.loading import load_policy, resolve
 from rexrag.errors import ConfigError, ModelError
 from rexrag.retrieval.bm25 import BM25Retriever
@@ -150,6 +151,23 @@ def test_a_fault_is_tried_again_and_then_ends_its_own_rollout_only(fault):
     assert episodes[1].rollout().answer == "Oslo"
 
 
+def test_tokens_that_say_nothing_are_a_fault_and_not_an_endless_loop():
+    body = {"choices": [{"text": "abc", "token_ids": [], "finish_reason": "length"}]}
+    with pytest.raises(ValueError, match="an empty completion at the token limit"):
+        parse_completion(body, [1], 5)
+
+
+def test_the_tag_that_was_opened_last_is_the_one_that_stopped():
+    assert _trimmed_stop("I could <search> and so <answer> Oslo ", None, False) == "</answer>"
+    assert _trimmed_stop("first <answer> no, <search> Oslo ", None, False) == "</search>"
+
+
+def test_an_end_token_that_is_written_out_is_not_read_as_text():
+    codec = load_codec(resolve("embedded"))
+    end = codec.decode([min(codec.eos_ids)])
+    assert end.strip() and _without_end(f"oslo{end}", codec) == "oslo"
+
+
 def test_a_bad_request_is_not_repeated():
     server = serve()
     server.faults = [status(400), status(400)]
@@ -220,7 +238,11 @@ def test_what_connect_refuses(monkeypatch):
             connect(f"{url}/v1")
         with pytest.raises(ConfigError, match="--tokenizer"):
             connect(f"{url}/v1", "/no/model")
-    for url, word in (("http://u:p@x/v1", "secret"), ("ftp://x", "expected for example")):
+    for url, word in (
+        ("http://x/v1?key=K", "without a query"),
+        ("http://u:p@x/v1", "secret"),
+        ("ftp://x", "expected for example"),
+    ):
         with pytest.raises(ConfigError, match=word):
             base_url(url)
     assert str(base_url("http://x:1")) == "http://x:1/v1"

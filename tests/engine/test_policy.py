@@ -257,3 +257,26 @@ def test_bfloat16_models_load_and_score_near_float32(name, tmp_path):
         assert model.dtype == getattr(torch, dtype)
         scores[dtype] = torch.cat(LocalPolicy(model, codec=None).score(rows, 1.0))
     assert (scores["float32"] - scores["bfloat16"]).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("change", [{"lora_rank": 2}, {}])
+def test_a_local_checkpoint_is_exported_as_a_model(folder, tmp_path, change):
+    """A LoRA is merged into the start that the run's config names; moments are no weights."""
+    from rexrag.config import dump_toml
+    from rexrag.engine.verl.export import export
+
+    settings = config(folder, **change)
+    policy, learner = load_engine(settings)
+    learner.config = learner.config.model_copy(update={"lr": 0.01})
+    for _ in range(2):
+        learner.update([dataclasses.replace(s, advantage=1.0) for s in samples()], MethodConfig(), 1.0)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-2"
+    learner.save(checkpoint)
+    policy.codec.tokenizer.save_pretrained(checkpoint)
+    (tmp_path / "run" / "config.toml").write_text(dump_toml(settings))
+    facts = export(tmp_path / "run", tmp_path / "out")
+    loaded = load_policy(PolicyConfig(path=str(tmp_path / "out"), device="cpu"))
+    assert facts["parameters"] == sum(p.numel() for p in loaded.model.parameters())
+    rows = [(s.prompt, s.tokens) for s in samples()]
+    trained, again = policy.score(rows, 1.0), loaded.score(rows, 1.0)
+    assert torch.allclose(torch.cat(trained), torch.cat(again), atol=1e-4)

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from rexrag.agent.reward import has_answer
 from rexrag.config import AgentConfig, Config, DataConfig, RetrieverConfig
 from rexrag.errors import ConfigError, DataError, RetrievalError
+from rexrag.evaluation import runner
 from rexrag.evaluation.audit import audit
 from rexrag.evaluation.paired import compare, load_evaluation
 from rexrag.evaluation.plan import Choices, make_plan
@@ -193,6 +195,68 @@ def test_a_failed_search_fails_its_batch_and_not_the_evaluation(files):
     )
 
 
+def test_a_query_that_the_retriever_refuses_fails_its_question_alone(files):
+    made = plan(files, Counting())
+
+    class Picky:
+        digest = made.retriever.digest
+
+        def search(self, queries, topk):
+            if "q3" in queries:
+                raise RetrievalError("status 422", refused=True)
+            return made.retriever.search(queries, topk)
+
+    result = run(replace(made, retriever=Picky()), Options(audit=False))
+    assert result["failures"]["reasons"] == {"status 422": 1}
+    (cell,) = result["cells"]
+    assert (
+        cell["em"]["n"] == N - 1
+        and f"{N - 1} of {N} questions answered so far" in cell["not_comparable_because"]
+    )
+
+
+def test_a_question_that_does_not_fit_fails_alone(files, monkeypatch):
+    made = plan(files, Counting())
+    strategy = runner.STRATEGIES["agent"]
+
+    def narrow(bench, questions):
+        if any(question.id == "5" for question in questions):
+            raise DataError("prompt of 9,999 tokens")
+        return strategy(bench, questions)
+
+    monkeypatch.setattr(runner, "STRATEGIES", {"agent": narrow})
+    result = run(made, Options(audit=False))
+    assert result["failures"]["reasons"] == {"prompt of 9,999 tokens": 1}
+
+
+def test_a_corpus_that_is_not_there_is_known_before_anything_is_asked(files):
+    policy = Counting()
+    made = plan(files, policy)
+    config = made.config.model_copy(update={"data": DataConfig(corpus=str(files / "no.jsonl"))})
+    with pytest.raises(DataError, match=r"no\.jsonl: No such file"):
+        run(replace(made, config=config), Options())
+    assert not policy.asked
+
+
+def test_looking_at_an_evaluation_changes_nothing(files):
+    run(plan(files, Counting()), Options(audit=False))
+    (records,) = (files / "out" / "cells").glob("*/records.jsonl")
+    whole = records.read_bytes()
+    records.write_bytes(whole + b'{"group": "half')
+    assert len(next(iter(load_evaluation(files / "out")[1].values()))) == N
+    assert records.read_bytes() != whole
+    run(plan(files, Counting()), Options(audit=False))
+    assert records.read_bytes() == whole, "who goes on writing removes the half line"
+
+
+def test_rows_that_ask_something_else_are_not_paired(files):
+    run(plan(files, Counting()), Options(audit=False))
+    rows = (files / "q.jsonl").read_text().replace('"q7"', '"something else"')
+    (files / "q.jsonl").write_text(rows)
+    with pytest.raises(ConfigError, match="another one there"):
+        run(plan(files, Counting(), out="again"), Options(audit=False, against=(files / "out",)))
+
+
 def test_a_larger_sample_reuses_a_smaller_one(files):
     policy = Counting()
     small = run(plan(files, policy, limit=5), Options())
@@ -318,7 +382,17 @@ def test_the_paper_s_set_up_is_comparable():
     assert {name: getattr(config.agent, name) for name in BUDGET} == BUDGET
     assert obstacles(config, Wikipedia(), "wiki18-e5") == []
     assert "cannot be seen" in obstacles(config, Wikipedia())[0]
-    assert obstacles(Config(), Wikipedia()) == ["retriever bm25, not E5-base-v2"]
+    other = ["retriever bm25, not exact search with E5-base-v2"]
+    assert obstacles(Config(), Wikipedia()) == other
+    named = Config(retriever=RetrieverConfig(kind="bm25", encoder="intfloat/e5-base-v2"))
+    assert obstacles(named, Wikipedia()) == other, "a name in the settings is no encoder"
+    for ann, expected in (("flat", []), ("hnsw", other)):
+        e5 = Wikipedia()
+        e5.ranker = SimpleNamespace(
+            options=SimpleNamespace(ann=ann),
+            encoder=SimpleNamespace(card=SimpleNamespace(model="intfloat/e5-base-v2")),
+        )
+        assert obstacles(Config(), e5) == expected
     few = Config(retriever=RetrieverConfig(topk=5), agent=AgentConfig(search_turns=2))
     assert any(
         "search_turns 2 instead of 5, top-k 5 instead of 3" in reason

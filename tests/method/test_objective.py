@@ -205,6 +205,10 @@ def test_diagnostics_by_label_count_every_trained_token_once():
     assert table[:, 0].sum() == mask.sum() and table[3, 0] == 0
     assert float(table[:, 1].sum() / table[:, 0].sum()) == pytest.approx(metrics["ratio_mean"])
     assert float(table[:, 2].sum() / table[:, 0].sum()) == pytest.approx(metrics["clip_share"])
+    held = torch.rand(3, 8) < 0.5
+    table = ratio_by_label(logp, behaviour, advantages, mask, label, 4, truncated=held)
+    _, metrics = clipped_surrogate(logp, behaviour, advantages, mask, truncated=held)
+    assert float(table[:, 2].sum() / table[:, 0].sum()) == pytest.approx(metrics["clip_share"])
 
 
 def test_nothing_trained_is_a_zero_loss():

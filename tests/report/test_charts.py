@@ -109,3 +109,10 @@ def test_the_t_interval_of_a_mean() -> None:
 
 def test_labels_are_literal() -> None:
     assert plain("<b>a</b> & <a href='x'>") == "&lt;b&gt;a&lt;/b&gt; &amp; &lt;a href='x'&gt;"
+
+
+def test_the_baseline_of_a_comparison_is_drawn_as_the_control(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / arm, arm=arm, steps=4) for arm in ("dapo", "rex-rag-dapo")]
+    arms = group_arms(read_runs(folders), "dapo")
+    assert [arm.color == "--control" for arm in arms] == [True, False]
+    assert not any(arm.color == "--control" for arm in group_arms(read_runs(folders)))

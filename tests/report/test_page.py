@@ -181,3 +181,8 @@ def test_counts_in_words(value: float | None, said: str) -> None:
 @pytest.mark.parametrize(("value", "said"), [(None, "–"), (59, "59 s"), (60, "1 min"), (4210, "1 h 10 min")])
 def test_durations_in_words(value: float | None, said: str) -> None:
     assert duration(value) == said
+
+
+def test_a_run_that_never_was_right_has_a_page(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / arm, arm=arm, steps=3, start=0.0, end=0.0) for arm in ("a", "grpo")]
+    assert write_report(folders, tmp_path / "page.html").stat().st_size > 0

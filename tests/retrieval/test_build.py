@@ -14,7 +14,7 @@ from rexrag.config import RetrieverConfig
 from rexrag.data.world import World
 from rexrag.errors import ConfigError, DataError, IndexFolderError
 from rexrag.io import write_jsonl
-from rexrag.retrieval import disk, make_retriever
+from rexrag.retrieval import build, disk, make_retriever
 from rexrag.retrieval.bm25 import BM25Options, BM25Retriever
 from rexrag.retrieval.build import STATE, BuildOptions, build_index
 from rexrag.retrieval.corpus import documents_digest, read_corpus
@@ -87,6 +87,36 @@ def test_repeated_words_count_as_often_as_they_are_asked(corpus: Path, world: Wo
     name = world.names["person"][0]
     once, twice = load_index(tmp_path / "index").search([name, f"{name} {name}"], 1)
     assert twice[0].score == pytest.approx(2 * once[0].score, rel=1e-5)
+
+
+@pytest.mark.parametrize("where", ["write_manifest", "replace_folder"])
+def test_a_build_stopped_at_its_very_end_goes_on(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(corpus, tmp_path / "index", DISK)
+    calls: list[str] = []
+    build_index(corpus, tmp_path / "index", DISK, lambda stage, done, total: calls.append(stage))
+    assert set(calls) == {"checking"}, "nothing is built again"
+    assert not (tmp_path / "index" / STATE).exists() and not (tmp_path / "index.partial").exists()
+    assert load_index(tmp_path / "index").search(["mayor"], 1)[0]
+
+
+def test_restart_leaves_a_running_build_alone(corpus: Path, tmp_path: Path) -> None:
+    def tell(stage: str, done: int, total: int) -> None:
+        if stage == "words" and not seen:
+            seen.append(stage)
+            with pytest.raises(IndexFolderError, match="another build is writing here"):
+                build_index(corpus, tmp_path / "index", DISK, restart=True)
+
+    seen: list[str] = []
+    build_index(corpus, tmp_path / "index", DISK, tell)
+    assert seen
 
 
 def test_a_killed_build_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,8 +109,8 @@ def sample(whole: QuestionSet, limit: int, seed: int = 0, stratify: bool = False
 
     Which ones depends on `seed` and each question's group alone, not on the file's order, and a smaller
     sample is part of a larger one. `stratify` draws from each kind (kind and hops) its share, rounded by
-    largest remainder; a stratum too small for a place gets none. Because of the rounding, a smaller stratified
-    sample need not be part of a larger one.
+    largest remainder; a stratum too small for a place gets none. Because of the rounding, a smaller
+    stratified sample need not be part of a larger one.
     """
     questions = whole.questions
     if not limit or limit >= len(questions):

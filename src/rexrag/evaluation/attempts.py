@@ -77,7 +77,7 @@ class Attempt:
     """Turns that an endpoint gave as text, so that their tokens may be split differently."""
 
     def add(self, episode: WatchedEpisode, bench: Bench, since: int | None = None) -> None:
-        """Count an episode in; of a probe only what came after its cut, `since`: its parent wrote the rest."""
+        """Count an episode in; of a probe only what came after its cut, `since`: the rest is its parent's."""
         turns, start = episode.turns, since or 0
         first = sum(turn.end <= start for turn in turns)
         written = episode.origins[start:].count(int(Origin.POLICY))

@@ -103,6 +103,7 @@ def test_the_pins_are_those_of_the_extra():
         ({"method__tail_cap": 2.0}, ["method.tail_cap = 2.0"]),
         ({"train__max_tokens": 1000}, ["train.max_tokens", "train.steps"]),
         ({"train__track": '["wandb"]'}, ["train.track", "verl.loggers"]),
+        ({"train__control": '"grpo"'}, ["train.control"]),
         ({"train__diagnose_every": 5}, ["train.diagnose_every"]),
         ({"policy__train_last_layers": 2}, ["policy.train_last_layers"]),
         ({"verl__prompt_tokens": 4096}, ["verl.prompt_tokens = 4096", "agent.total_tokens"]),
