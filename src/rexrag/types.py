@@ -39,7 +39,7 @@ class StopReason(StrEnum):
 
 
 class DeadEnd(StrEnum):
-    """What went wrong in a rollout that is worth probing (METHOD §2.2, §7)."""
+    """What went wrong in a rollout that is worth probing (METHOD §2)."""
 
     WRONG = "wrong"
     """It answered, and the answer is not the gold one."""

@@ -8,7 +8,7 @@ from rexrag.types import DeadEnd, Rollout
 
 
 def dead_end_kinds(rollout: Rollout, right: bool) -> frozenset[DeadEnd]:
-    """Every kind that applies; empty for a rollout that is right [METHOD §2.2, §7].
+    """Every kind that applies; empty for a rollout that is right [METHOD §2].
 
     `right` is the verdict on its answer: exact match with the gold answer, or a judge's.
     """
