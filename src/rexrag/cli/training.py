@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from rexrag import presets
 from rexrag.config import ENDLESS, Config, load_config
@@ -18,6 +19,8 @@ ConfigArgument = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. --set method.kl=0.001")
 ]
+Summary = tuple[str, dict[str, Any]]
+"""Label of a run, and its `summary.json`."""
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -49,10 +52,8 @@ def train(
       rexrag train --resume --out runs/long
       rexrag train qwen2.5-3b-nq-hotpot --dry-run
     """
-    from rexrag.cli.show import RunProgress, stdout, summary_table
+    from rexrag.cli.show import stdout, summary_table
     from rexrag.report import write_report
-    from rexrag.tracking import Together, open_trackers
-    from rexrag.train import train as run
 
     overrides = [*(override or []), *([f"seed={seed}"] if seed is not None else [])]
     if resume:
@@ -62,20 +63,44 @@ def train(
     else:
         settings = presets.resolve(config, arm or ("" if config else presets.DEFAULT_ARM), overrides)
     if dry_run:
-        from rexrag.cli.show import dry_run_tables
-        from rexrag.engine.verl.dry_run import dry_run as look
-
-        facts = look(settings)
-        if as_json:
-            print(json.dumps(facts))
-            return
-        for shown in dry_run_tables(facts):
-            stdout().print(shown)
+        _show_dry_run(settings, as_json)
         return
     folder = out or free_folder(settings.name)
     console = stdout()
     console.quiet = as_json
-    summaries: list[tuple[str, dict[str, Any]]] = []
+    summaries = _run_parts(settings, folder, resume, console)
+    page = write_report([folder], folder / "report.html")
+    if as_json:
+        print(json.dumps(dict(summaries) | {"report": str(page)}))
+        return
+    console.print(summary_table(summaries))
+    for label, summary in summaries:
+        console.print(
+            f"{label}: {summary['steps']} steps, {summary['generated_tokens']:,} generated tokens, "
+            f"{summary['seconds']:.0f} s"
+        )
+    console.print(f"run folder {folder}\npage       {page}", markup=False)
+
+
+def _show_dry_run(settings: Config, as_json: bool) -> None:
+    from rexrag.cli.show import dry_run_tables, stdout
+    from rexrag.engine.verl.dry_run import dry_run
+
+    facts = dry_run(settings)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for shown in dry_run_tables(facts):
+        stdout().print(shown)
+
+
+def _run_parts(settings: Config, folder: Path, resume: bool, console: Console) -> list[Summary]:
+    """Train the run and its control; a resume skips what is over and begins again what saved nothing."""
+    from rexrag.cli.show import RunProgress
+    from rexrag.tracking import Together, open_trackers
+    from rexrag.train import train as run
+
+    summaries: list[Summary] = []
     for label, part, where in _parts(settings, folder):
         budget = summaries[0][1]["generated_tokens"] if summaries else 0
         part = part if not budget else _at_budget(part, budget)
@@ -97,17 +122,7 @@ def train(
             progress.stop()
             observers.finish()
         summaries.append((label, summary))
-    page = write_report([folder], folder / "report.html")
-    if as_json:
-        print(json.dumps(dict(summaries) | {"report": str(page)}))
-        return
-    console.print(summary_table(summaries))
-    for label, summary in summaries:
-        console.print(
-            f"{label}: {summary['steps']} steps, {summary['generated_tokens']:,} generated tokens, "
-            f"{summary['seconds']:.0f} s"
-        )
-    console.print(f"run folder {folder}\npage       {page}", markup=False)
+    return summaries
 
 
 def compare(
