@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from rexrag.data.apportion import apportion
 from rexrag.data.questions import READERS, collect_questions, load_questions, questions_digest
 from rexrag.errors import ConfigError, DataError
 from rexrag.types import Question
@@ -121,7 +122,8 @@ def sample(whole: QuestionSet, limit: int, seed: int = 0, stratify: bool = False
         by_kind = sorted(ranked, key=stratum)  # stable: ranks stay in order within a stratum
         by_stratum = {key: list(group) for key, group in groupby(by_kind, key=stratum)}
     sizes = {key: len(group) for key, group in by_stratum.items()}
-    shares = _shares(sizes, limit)
+    keys = sorted(sizes)
+    shares = dict(zip(keys, apportion(limit, [sizes[key] for key in keys]), strict=True))
     chosen = {question.group for key, group in by_stratum.items() for question in group[: shares[key]]}
     kept = [question for question in questions if question.group in chosen]
     return replace(whole, questions=kept, strata=sizes, stratified=stratify)
@@ -240,14 +242,3 @@ def whole_set(name: str, questions: list[Question], source: str) -> QuestionSet:
 
 def _rank(seed: int, question: Question) -> bytes:
     return hashlib.sha256(f"{seed}/{question.group}".encode()).digest()
-
-
-def _shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
-    """`limit` places in proportion to sizes, by largest remainder."""
-    whole = sum(sizes.values())
-    exact = {key: limit * size / whole for key, size in sizes.items()}
-    shares = {key: int(value) for key, value in exact.items()}
-    by_remainder = sorted(sizes, key=lambda key: (shares[key] - exact[key], key))
-    for key in by_remainder[: limit - sum(shares.values())]:
-        shares[key] += 1
-    return shares

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rexrag.data.apportion import apportion
 from rexrag.data.questions import write_questions
 from rexrag.errors import DataError
 from rexrag.io import write_jsonl
@@ -356,14 +357,10 @@ def _passage(name: str, facts: list[Fact], rng: random.Random) -> str:
 
 
 def _shares(n: int, weights: Sequence[float]) -> list[int]:
-    """`n` split in proportion to `weights`, by largest remainder."""
+    """`n` questions split over the numbers of hops."""
     if not weights or len(weights) > 3 or min(weights) < 0 or sum(weights) <= 0:
         raise DataError(f"hops must be 1 to 3 weights that are not negative, got {list(weights)}")
-    exact = [n * w / sum(weights) for w in weights]
-    counts = [int(x) for x in exact]
-    for i in sorted(range(len(counts)), key=lambda i: counts[i] - exact[i])[: n - sum(counts)]:
-        counts[i] += 1
-    return counts
+    return apportion(n, weights)
 
 
 def _round_robin(pools: list[Iterator[Item]]) -> Iterator[Item]:
