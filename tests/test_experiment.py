@@ -66,6 +66,7 @@ def test_arms_are_compared_in_pairs(tmp_path, monkeypatch):
     assert better["em_difference"]["p"] == pytest.approx(2 / 16)  # four pairs: 2 of 2⁴ signs are as extreme
     assert "em_difference" not in result["arms"]["grpo"]
     assert result["arms"]["grpo"]["em"]["value"] == pytest.approx(0.5 + 0.05 * 2.5 + 0.0005)
+    assert better["em_half"]["value"] == pytest.approx((0.4 + 0.7055) / 2)
     assert better["em_fresh_difference"]["value"] == pytest.approx(0.02)
     assert better["em_1_hop_difference"]["value"] == pytest.approx(0.04)
     assert better["curve"][0] == (0.0, pytest.approx(0.4)) and better["curve"][-1] == (

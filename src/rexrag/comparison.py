@@ -22,7 +22,7 @@ SPENT: dict[Budget, str] = {
     "time": "seconds",
 }
 """Budget -> the count of a run that it limits."""
-COMPARED = ("em", "area", "em_fresh", "em_1_hop", "em_2_hop", "em_3_hop", "em_4_hop")
+COMPARED = ("em", "em_half", "area", "em_fresh", "em_1_hop", "em_2_hop", "em_3_hop", "em_4_hop")
 """Figures of a run that are compared in pairs, where it has them."""
 DIAGNOSTICS = (
     "dead_ends/rate", "groups/all_wrong_before", "groups/all_wrong_after",
@@ -84,6 +84,7 @@ def _figures(folder: Path, budget: Budget, amount: float) -> dict[str, Any]:
     return {
         "em_before": em[0],
         "em": em[-1],
+        "em_half": float(np.interp(amount / 2, spent, em)),
         "area": area(spent, em, amount),
         **{f"em_{hops}_hop": value["value"] for hops, value in held_out[-1]["by_hops"].items()},
         **({"em_fresh": fresh[-1]["em"]["value"]} if fresh else {}),

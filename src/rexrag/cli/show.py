@@ -196,11 +196,12 @@ def summary_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
 
 MEASURES = {
     "em": "end",
+    "em_half": "half way",
     "area": "curve",
     "em_fresh": "fresh world",
     **{f"em_{n}_hop": f"{n} hop" for n in range(1, 5)},
 }
-"""Figures of a comparison, in the order of its table; `curve` is the area under it over the budget."""
+"""Figures of a comparison, in the order of its table; `curve` is the mean under it over the budget."""
 
 
 def comparison_table(result: dict[str, Any]) -> Table:
