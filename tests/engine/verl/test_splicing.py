@@ -92,13 +92,13 @@ def test_a_step_on_verl_trains_spliced_rows(run, resumed, tmp_path):
     probes = {
         (tuple(t["tokens"][t["cut"] + t["origins"].count(C) :])) for t in traces if t["kind"] == "probe"
     }
-    for row in rows:
-        held = row["rollout_is_weights"] < 0
-        is_spliced = tuple(row["responses"].tolist()) not in sampled
-        assert bool(held.any()) == is_spliced
-        if is_spliced:  # from its first token on, the tail is a probe's own continuation
-            first = int(held.nonzero()[0, 0])
-            assert held[first:].all() and tuple(row["responses"][first:].tolist()) in probes
+    held = [row for row in rows if (row["rollout_is_weights"] < 0).any()]
+    assert len(held) == kept, "the tail of every kept probe is held"
+    assert all(any(row is other for other in held) for row in spliced)
+    for row in held:  # from its first token on, the tail is a probe's own continuation
+        first = int((row["rollout_is_weights"] < 0).nonzero()[0, 0])
+        assert (row["rollout_is_weights"][first:] < 0).all()
+        assert tuple(row["responses"][first:].tolist()) in probes
     export(run, tmp_path / "model")  # the weights that the third step began with
     policy = load_policy(config.policy.model_copy(update={"path": str(tmp_path / "model")}))
     pairs = [(row["prompts"].tolist(), row["responses"].tolist()) for row in spliced]
