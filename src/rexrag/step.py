@@ -137,15 +137,18 @@ def correct_rollouts(
     keep_ratio: float,
     generator: torch.Generator,
     learner_score: Score | None = None,
+    on_kept: Callable[[Tensor], None] = lambda kept: None,
 ) -> Corrected:
     """Filter, correction, advantages: METHOD §3, for rollouts of any engine.
 
-    group_of: the question of each base rollout. Probes name their base rollout in `parent`.
+    group_of: the question of each base rollout. Probes name their base rollout in `parent`. on_kept hears
+    which probes were kept (bool [K]) before any row is scored.
     """
     method, clock = config.method, _Clock()
     # Keep the best ⌊ρ·N_base⌋.
     scores, kept = _filter(base, group_of, probes, method, keep_ratio, generator)
     chosen = kept_probes(probes, kept)
+    on_kept(kept)
 
     # Rows, densities, weights and masks; then group-relative advantages.
     rollouts = [*base, *chosen]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rexrag.config import load_config
 from rexrag.engine.local.loading import load_policy
 from rexrag.engine.verl.export import export
-from rexrag.engine.verl.splicing import splices, tag_of, token_fields
+from rexrag.engine.verl.splicing import Splices, tag_of, token_fields
 from rexrag.method.advantages import group_advantages
 from rexrag.types import Origin, Question, Rollout, StopReason, Turn
 from tests.engine.verl.conftest import needs_verl
@@ -46,7 +46,8 @@ PROBE = rollout(
 
 
 def test_token_fields_of_a_spliced_row():
-    found = splices([PROBE, PROBE], [7, 9], [PARENT])
+    found = Splices()
+    found.add([PROBE, PROBE], [7, 9], [PARENT])
     key = (1, 2), (10, 11, 12, 30, 31, 32)
     (first, row), (second, _) = found.take(key), found.take(key)
     assert (first, second) == (7, 9), "two probes that read alike have a place each"

@@ -30,17 +30,14 @@ class Splices:
     def take(self, key: Key) -> tuple[int, Row]:
         return self.places[key].pop(0), self.rows[key]
 
-
-def splices(probes: Sequence[Rollout], places: Sequence[int], base: Sequence[Rollout]) -> Splices:
-    """The spliced row of every probe. places: of each probe in the batch; probes name their `parent`."""
-    found = Splices()
-    for probe, place in zip(probes, places, strict=True):
-        assert probe.parent is not None
-        row = splice(probe, base[probe.parent])
-        key = row.prompt, row.tokens
-        found.rows[key] = row
-        found.places[key].append(place)
-    return found
+    def add(self, probes: Sequence[Rollout], places: Sequence[int], base: Sequence[Rollout]) -> None:
+        """The spliced rows of probes. places: of each in the batch; probes name their `parent`."""
+        for probe, place in zip(probes, places, strict=True):
+            assert probe.parent is not None
+            row = splice(probe, base[probe.parent])
+            key = row.prompt, row.tokens
+            self.rows[key] = row
+            self.places[key].append(place)
 
 
 def token_fields(rows: Sequence[Row], old: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:

@@ -30,13 +30,13 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 
 from rexrag.engine.verl.parts import parts_of
 from rexrag.engine.verl.records import AGENT, STATE_FILE, rollout_of
-from rexrag.engine.verl.splicing import Splices, splices, tag_of, token_fields
+from rexrag.engine.verl.splicing import Splices, tag_of, token_fields
 from rexrag.errors import CheckpointError, RetrievalError
 from rexrag.evaluate import figures_of
 from rexrag.io import write_json
 from rexrag.method.samples import Row
 from rexrag.runs import LOGS, append, truncate_logs
-from rexrag.step import Collected, Corrected, Score, correct_rollouts
+from rexrag.step import Collected, Corrected, Score, correct_rollouts, kept_probes
 from rexrag.train import Progress, account, log_step, next_keep_ratio, position, step_seed
 from rexrag.types import Origin, Rollout
 
@@ -98,16 +98,25 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
         config, progress = self.parts.config, self.progress
         drawn, learned = self._drawn(batch)
         generator = torch.Generator().manual_seed(step_seed(config.seed, self.global_steps, "filter"))
+        found = Splices()
+
+        def splice_kept(kept: Tensor) -> None:
+            """Of two probes whose rows read alike without their cues, the kept one's place is the one."""
+            if config.method.realignment == "internalize":
+                places = [p for p, keep in zip(drawn.places[len(drawn.base) :], kept, strict=True) if keep]
+                found.add(kept_probes(drawn.probes, kept), places, drawn.base)
+
         corrected = correct_rollouts(
             drawn.base,
             drawn.groups,
             drawn.probes,
-            self._scorer(batch, drawn, learned),
+            self._scorer(batch, found, learned),
             self.parts.trie,
             config,
             next_keep_ratio(config.method, progress),
             generator,
             lambda rows, temperature: [learned[tuple(prompt), tuple(tokens)] for prompt, tokens in rows],
+            splice_kept,
         )
         self._collected = collected(drawn, corrected)
         return self._write_back(batch, drawn, corrected)
@@ -156,12 +165,8 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
             [i for i, is_padding in enumerate(padding) if is_padding],
         ), learned
 
-    def _scorer(self, batch: KVBatchMeta, drawn: Drawn, learned: dict[Any, Tensor]) -> Score:
+    def _scorer(self, batch: KVBatchMeta, found: Splices, learned: dict[Any, Tensor]) -> Score:
         """Scores spliced rows (`internalize`): each takes its probe's place in the queue and stays there."""
-        method = self.parts.config.method
-        found = Splices()
-        if method.realignment == "internalize":
-            found = splices(drawn.probes, drawn.places[len(drawn.base) :], drawn.base)
 
         def score(rows: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float) -> list[Tensor]:
             if not rows:
