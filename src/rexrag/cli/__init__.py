@@ -51,9 +51,9 @@ def main() -> None:
             traceback.print_exc()
         print(f"rexrag: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            sys.exit(0)
         if debug:
             traceback.print_exc()
         where = f"{error.filename}: " if error.filename else ""
