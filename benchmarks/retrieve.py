@@ -66,7 +66,7 @@ def grow(folder: Path, corpus: Path, passages: int) -> Path:
     target = folder / f"grown-{passages}.jsonl"
     rng = random.Random(0)
     rows = [(document.title, document.text.split(". ")) for document in read_corpus(corpus)]
-    sentences = [sentence for _, text in rows for sentence in text]
+    sentences = [sentence for _, text in rows for sentence in text if sentence.strip()]
     with target.open("w", encoding="utf-8") as file:
         for number in range(passages):
             title, text = rows[number] if number < len(rows) else rng.choice(rows)
@@ -146,7 +146,7 @@ def build(engine: str, corpus: Path, index: Path, encoder: str) -> dict[str, Any
 
 def build_from_flat(ann: str, flat: Path, index: Path) -> None:
     """An approximate index over the vectors of a flat one."""
-    from rexrag.retrieval.dense import VECTORS, DenseOptions, build_ann
+    from rexrag.retrieval.dense import VECTORS, DenseOptions, build_ann, tidy
 
     index.mkdir()
     for name in (VECTORS, DOCUMENTS, OFFSETS):
@@ -155,6 +155,7 @@ def build_from_flat(ann: str, flat: Path, index: Path) -> None:
     card = manifest["options"]["encoder"]
     options = DenseOptions(ann).settled(manifest["documents"], card["dimension"])
     build_ann(index, options)
+    tidy(index, options)
     recorded = {"encoder": card, **asdict(options)}
     write_manifest(index, "dense", manifest["corpus_digest"], manifest["documents"], recorded)
 

@@ -36,6 +36,7 @@ from rexrag.retrieval.dense import (
     build_ann,
     exact_nearest,
     open_vectors,
+    tidy,
 )
 
 QUERIES = "queries.npy"
@@ -72,6 +73,7 @@ def build(vectors: Path, index: Path, options: DenseOptions) -> dict[str, Any]:
     os.link(vectors / VECTORS, index / VECTORS)
     begun = time.perf_counter()
     build_ann(index, options)
+    tidy(index, options)
     seconds = time.perf_counter() - begun
     return {
         "build_s": seconds,

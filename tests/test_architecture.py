@@ -6,12 +6,13 @@ from pathlib import Path
 import rexrag
 
 ROOT = Path(rexrag.__file__).parent
-BASE = {"types", "errors", "config", "io", "__init__"}
+BASE = {"types", "errors", "config", "config_io", "io", "__init__"}
 DATA = {"method", "agent", "retrieval", "data"}
 ALLOWED = {
     "types": set(),
     "errors": set(),
-    "config": BASE,
+    "config": BASE - {"config_io"},
+    "config_io": BASE,
     "io": BASE,
     "method": BASE,
     "agent": BASE | {"retrieval.base"},

@@ -3,7 +3,8 @@
 import pytest
 
 from rexrag import presets
-from rexrag.config import Config, MethodConfig, dump_toml, known_keys, load_config, parse_config
+from rexrag.config import Config, MethodConfig
+from rexrag.config_io import dump_toml, known_keys, load_config, parse_config
 from rexrag.errors import ConfigError
 
 

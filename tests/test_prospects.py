@@ -3,7 +3,7 @@
 import pytest
 
 from rexrag import prospects
-from rexrag.config import parse_config
+from rexrag.config_io import parse_config
 from rexrag.intervals import share
 from rexrag.types import Question
 from tests.fakes import FakeRetriever, ScriptedPolicy, document

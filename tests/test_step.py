@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rexrag.config import parse_config
+from rexrag.config_io import parse_config
 from rexrag.diagnostics import describe
 from rexrag.errors import AlphaError
 from rexrag.method import CueTrie

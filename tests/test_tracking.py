@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 
-from rexrag.config import parse_config
+from rexrag.config_io import parse_config
 from rexrag.errors import ConfigError
 from rexrag.tracking import Together, open_trackers
 

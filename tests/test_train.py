@@ -9,7 +9,7 @@ import torch
 
 from rexrag import presets
 from rexrag import train as loop
-from rexrag.config import load_config, parse_config
+from rexrag.config_io import load_config, parse_config
 from rexrag.errors import CheckpointError, DataError, RunFolderError
 from rexrag.io import sha256_file, write_json
 from rexrag.method import CueTrie

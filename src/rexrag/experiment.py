@@ -22,7 +22,8 @@ from typing import Any
 
 from rexrag import presets, prospects
 from rexrag.comparison import Budget, compare, run_folder
-from rexrag.config import ENDLESS, Config, dump_toml
+from rexrag.config import ENDLESS, Config
+from rexrag.config_io import dump_toml
 from rexrag.errors import ConfigError, RunFolderError
 from rexrag.io import write_json, write_text
 from rexrag.runs import clear_unsaved, has_checkpoint

@@ -11,7 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rexrag.config import Config, deep_merge, parse_config, read_toml
+from rexrag.config import Config
+from rexrag.config_io import deep_merge, parse_config, read_toml
 from rexrag.errors import ConfigError
 
 FOLDER = Path(str(files("rexrag"))) / "configs"

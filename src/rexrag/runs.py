@@ -24,7 +24,8 @@ from typing import Any
 import zstandard
 
 from rexrag import __version__
-from rexrag.config import Config, dump_toml
+from rexrag.config import Config
+from rexrag.config_io import dump_toml
 from rexrag.errors import CheckpointError, RunFolderError
 from rexrag.io import atomic_folder, json_line, sha256_file, write_json, write_text
 

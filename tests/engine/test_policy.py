@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rexrag.agent.episode import Episode, State
-from rexrag.config import AgentConfig, Config, MethodConfig, PolicyConfig, parse_config
+from rexrag.config import AgentConfig, Config, MethodConfig, PolicyConfig
+from rexrag.config_io import parse_config
 from rexrag.engine.local import policy as policy_module
 from rexrag.engine.local.attention import use_packed_attention
 from rexrag.engine.local.loading import (
@@ -262,7 +263,7 @@ def test_bfloat16_models_load_and_score_near_float32(name, tmp_path):
 @pytest.mark.parametrize("change", [{"lora_rank": 2}, {}])
 def test_a_local_checkpoint_is_exported_as_a_model(folder, tmp_path, change):
     """A LoRA is merged into the start that the run's config names; moments are no weights."""
-    from rexrag.config import dump_toml
+    from rexrag.config_io import dump_toml
     from rexrag.engine.verl.export import export
 
     settings = config(folder, **change)

@@ -26,6 +26,7 @@ from rexrag.retrieval.dense import (  # noqa: E402 - needs faiss
     build_ann,
     build_vectors,
     exact_nearest,
+    tidy,
 )
 from rexrag.retrieval.encoder import Encoder  # noqa: E402
 
@@ -122,6 +123,7 @@ def test_approximate_search_is_near_exact_and_opens_mapped(
     settled = options.settled(len(vectors), 32)
     build_vectors(tmp_path, lambda start: map(str, range(start, 3000)), 3000, Vectors(vectors))  # type: ignore[arg-type]
     build_ann(tmp_path, settled)
+    tidy(tmp_path, settled)
     assert capfd.readouterr() == ("", "")
     assert (tmp_path / "vectors.npy").exists() is settled.keeps_vectors
     ranker = DenseRanker(tmp_path, Vectors(vectors), settled)  # type: ignore[arg-type]

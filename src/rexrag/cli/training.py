@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from rexrag import presets
-from rexrag.config import ENDLESS, Config, load_config
+from rexrag.config import ENDLESS, Config
+from rexrag.config_io import load_config
 from rexrag.runs import clear_unsaved, free_folder, has_checkpoint
 
 ConfigArgument = Annotated[

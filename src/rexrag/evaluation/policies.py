@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rexrag import presets
-from rexrag.config import Config, PolicyConfig, parse_config
+from rexrag.config import Config, PolicyConfig
+from rexrag.config_io import parse_config
 from rexrag.engine.base import Policy
 from rexrag.errors import ConfigError
 from rexrag.runs import digest, last_checkpoint

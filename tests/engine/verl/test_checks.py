@@ -14,7 +14,8 @@ import pytest
 import rexrag.engine.verl.checks as checks
 from rexrag import presets
 from rexrag.cli import main
-from rexrag.config import Config, dump_toml, parse_config
+from rexrag.config import Config
+from rexrag.config_io import dump_toml, parse_config
 from rexrag.engine.verl import cost
 from rexrag.engine.verl.checks import check_devices, check_installed, check_retriever, check_settings
 from rexrag.engine.verl.export import export, merge_lora

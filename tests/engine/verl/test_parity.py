@@ -13,7 +13,7 @@ import torch
 import zstandard
 from safetensors.torch import load_file
 
-from rexrag.config import load_config
+from rexrag.config_io import load_config
 from rexrag.data.world import World
 from rexrag.engine.local.loading import load_engine
 from rexrag.method.objective import aggregation_normalizer, clipped_surrogate

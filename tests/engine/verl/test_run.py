@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rexrag.config import PolicyConfig, load_config
+from rexrag.config import PolicyConfig
+from rexrag.config_io import load_config
 from rexrag.engine.local.loading import load_policy, resolve
 from rexrag.errors import CheckpointError
 from tests.engine.verl.conftest import needs_verl

@@ -10,7 +10,7 @@ import torch
 import zstandard
 from safetensors.torch import load_file
 
-from rexrag.config import load_config
+from rexrag.config_io import load_config
 from rexrag.engine.local.loading import load_policy
 from rexrag.engine.verl.export import export
 from rexrag.engine.verl.splicing import Splices, tag_of, token_fields

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rexrag.agent.codec import load_codec
-from rexrag.config import load_config
+from rexrag.config_io import load_config
 from rexrag.engine.local.loading import DTYPES, LORA_SCALE, choose_trained, export_model, load_model
 from rexrag.engine.local.state import write_tensors
 from rexrag.errors import ModelError, RunFolderError

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rexrag.config import Config, dump_toml
+from rexrag.config import Config
+from rexrag.config_io import dump_toml
 from rexrag.engine.local.loading import LORA_SCALE
 from rexrag.engine.verl.records import AGENT
 from rexrag.errors import ConfigError

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from rexrag.agent.codec import HFCodec, load_codec
-from rexrag.config import Config, parse_config
+from rexrag.config import Config
+from rexrag.config_io import parse_config
 from rexrag.engine.local.loading import resolve
 from rexrag.engine.verl.search import BatchedSearch
 from rexrag.method.cues import CueTrie
