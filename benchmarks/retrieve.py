@@ -6,8 +6,8 @@
     python benchmarks/retrieve.py --encoder DIR [--sizes …]                       # flat, hnsw, ivf-pq too
 
 Corpora come from the fictional world, whose few hundred words are each in several per cent of the passages:
-the hardest case for BM25, since real text has rarer words. `--grow` makes more passages of your own corpus by
-drawing sentences from all of it, so that a word is in the same share of passages as there.
+a hard case for BM25. `--grow` makes more passages of your own corpus by drawing sentences from all of it, so
+that a word is in the same share of passages as there.
 
 Each engine builds in a process of its own and searches in another (peak and resident memory are that
 process's); rounds of the engines are interleaved, medians are shown. Building hnsw and ivf-pq starts from the

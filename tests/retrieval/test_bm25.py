@@ -84,14 +84,6 @@ def test_best_places_is_a_full_sort_cut_off(scores: list[float], topk: int, bloc
         assert best_places(np.array(scores, dtype=np.float32), topk) == expected
 
 
-def test_threads_change_nothing(retriever: BM25Retriever) -> None:
-    queries = ["London", "zyxwv", "Analytical Engine", "chapel Cortés", "London"] * 20
-    alone = retriever.search(queries, 3)
-    with patch("rexrag.retrieval.bm25.LARGE", 1), patch("rexrag.retrieval.base.CORES", 4):
-        assert retriever.search(queries, 3) == alone
-    assert alone[0]
-
-
 def test_ties_go_by_corpus_order() -> None:
     retriever = BM25Retriever.build([Document(f"{9 - i}", "same words here") for i in range(10)])
     assert [document.id for document in retriever.search(["words"], 4)[0]] == ["9", "8", "7", "6"]

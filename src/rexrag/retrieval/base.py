@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rexrag.errors import ConfigError
@@ -13,7 +11,6 @@ from rexrag.types import Document
 
 Hits = list[tuple[int, float]]
 """(place in the corpus, score), best first."""
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Retriever(Protocol):
@@ -46,15 +43,6 @@ class Ranker(Protocol):
         ...
 
     def rank(self, queries: Sequence[str], topk: int) -> list[Hits]: ...
-
-
-def rank_each(rank: Callable[[str], Hits], queries: Sequence[str], threads: bool) -> list[Hits]:
-    """Rank queries one by one; with `threads`, for searches that leave Python's lock, on all cores."""
-    cores = min(len(queries), CORES) if threads else 1
-    if cores < 2:
-        return [rank(query) for query in queries]
-    with ThreadPoolExecutor(cores) as pool:  # made anew: a pool that is kept would not survive a fork
-        return list(pool.map(rank, queries))
 
 
 class DocumentStore(Protocol):

@@ -22,7 +22,7 @@ from bm25s.stopwords import STOPWORDS_EN
 from numpy.typing import NDArray
 
 from rexrag.errors import ConfigError, DataError
-from rexrag.retrieval.base import CorpusRetriever, Hits, rank_each
+from rexrag.retrieval.base import CorpusRetriever, Hits
 from rexrag.retrieval.corpus import documents_digest
 from rexrag.types import Document
 
@@ -31,8 +31,6 @@ logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 BLOCK = 256
 """Scores whose best one is looked at first: most blocks hold nothing that can be among the k best."""
-LARGE = 100_000
-"""Documents from which on adding up scores takes longer than handing a query to a thread."""
 STOP_WORDS = frozenset(STOPWORDS_EN)
 # A word; but not the "s" of "Mary's", which would match every other possessive.
 _WORD = re.compile(r"(?!(?<=['’])s\b)\w+")
@@ -102,7 +100,7 @@ class BM25Ranker:
 
     def rank(self, queries: Sequence[str], topk: int) -> list[Hits]:
         """Places that share a word with the query, by score, then by place; none for unknown words."""
-        return rank_each(lambda query: self._rank(query, topk), queries, threads=len(self) >= LARGE)
+        return [self._rank(query, topk) for query in queries]
 
     def _rank(self, query: str, topk: int) -> Hits:
         known = [self.vocabulary[word] for word in split_words(query) if word in self.vocabulary]

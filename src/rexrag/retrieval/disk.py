@@ -7,14 +7,16 @@ in one byte, so scores are a little off and near ties may swap (`benchmarks/retr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import tantivy
 
 from rexrag.errors import DataError, IndexFolderError
-from rexrag.retrieval.base import Hits, rank_each
+from rexrag.retrieval.base import Hits
 from rexrag.retrieval.bm25 import BM25Options, split_words
 
 FOLDER = "tantivy"
@@ -38,6 +40,7 @@ class TantivyRanker:
             self.schema, self.searcher = index.schema, index.searcher()
         except (ValueError, OSError) as error:
             raise IndexFolderError(f"{folder / FOLDER}: damaged: {error}") from None
+        self.threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="bm25-disk")
 
     def __len__(self) -> int:
         return int(self.searcher.num_docs)
@@ -48,7 +51,9 @@ class TantivyRanker:
 
     def rank(self, queries: Sequence[str], topk: int) -> list[Hits]:
         """Places that share a word with the query, by score, then by place; none for unknown words."""
-        return rank_each(lambda query: self._rank(query, topk), queries, threads=True)
+        if len(queries) == 1:
+            return [self._rank(queries[0], topk)]
+        return list(self.threads.map(self._rank, queries, [topk] * len(queries)))
 
     def _rank(self, query: str, topk: int) -> Hits:
         words = split_words(query)
