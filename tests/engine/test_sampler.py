@@ -373,5 +373,5 @@ def test_repacked_weights_change_nothing_and_leave_nothing_behind(model, monkeyp
             assert torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-5)
     assert not any("forward" in vars(layer) for layer in model.modules())
     monkeypatch.setattr(repack, "REPACKED_BYTES", 100)
-    assert not Repacked(model)._copies
-    assert not Repacked(qwen2().to(torch.bfloat16))._copies
+    assert not Repacked(model)._forwards
+    assert not Repacked(qwen2().to(torch.bfloat16))._forwards
