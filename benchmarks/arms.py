@@ -1,0 +1,110 @@
+"""Every run behind the tables of docs/experiments.md: collect them, print the tables.
+
+    python benchmarks/arms.py docs/results/hard.jsonl                 # the table of arms
+    python benchmarks/arms.py docs/results/hard.jsonl --collect OUT --batch NAME
+                                                                      # add the runs of a finished comparison
+
+A row is one run: arm, seed, and the figures that `rexrag compare` worked out. `batch` names the machine and
+day; an arm is compared with the control's run of the same seed in the same batch, in pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rexrag.comparison import COMPARED
+from rexrag.intervals import interval, paired_p
+from rexrag.io import write_text
+
+Rows = list[dict[str, Any]]
+KEPT = ("em_before", *COMPARED, "steps", "generated_tokens", "spent_tokens", "curve")
+SHOWN = {
+    "em": "end",
+    "em_half": "half way",
+    "area": "curve",
+    "em_fresh": "fresh world",
+    "em_1_hop": "1 hop",
+    "em_2_hop": "2 hops",
+    "em_3_hop": "3 hops",
+}
+
+
+def collect(out: Path, batch: str) -> Rows:
+    """The runs of OUT/compare.json."""
+    found = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    return [
+        {
+            "batch": batch,
+            "arm": arm,
+            "seed": seed,
+            **{name: _short(run[name]) for name in KEPT if name in run},
+        }
+        for arm, row in found["arms"].items()
+        for seed, run in zip(found["seeds"], row["runs"], strict=True)
+    ]
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_short(one) for one in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def difference(rows: Rows, control: Rows, name: str) -> str:
+    """Mean paired difference in points, its interval, p; bold where the interval excludes 0."""
+    base = {(row["batch"], row["seed"]): row[name] for row in control}
+    pairs = [
+        row[name] - base[row["batch"], row["seed"]] for row in rows if (row["batch"], row["seed"]) in base
+    ]
+    if not pairs:
+        return ""
+    found, p = interval(pairs), paired_p(pairs)
+    low, high = 100 * found["low"], 100 * found["high"]
+    text = f"{100 * found['value']:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
+    text = f"{text} p {p:.3f}"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def table(rows: Rows, control: str) -> str:
+    """Markdown: an arm a line; each cell its mean and its difference to the control, in points."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    lines = [f"| arm | seeds | {' | '.join(SHOWN.values())} |", "|---" * (2 + len(SHOWN)) + "|"]
+    base = [row for row in rows if row["arm"] == control]
+    for arm in arms:
+        own = [row for row in rows if row["arm"] == arm]
+        cells = [f"`{arm}`", str(len(own))]
+        for name in SHOWN:
+            mean = f"{sum(row[name] for row in own) / len(own):.3f}".removeprefix("0")
+            cells.append(mean if arm == control else f"{mean}, {difference(own, base, name)}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--collect", type=Path, help="a folder that `rexrag compare` wrote")
+    parser.add_argument("--batch", default="", help="machine and day of these runs")
+    parser.add_argument("--control", default="grpo")
+    args = parser.parse_args()
+    lines = args.file.read_text(encoding="utf-8").splitlines() if args.file.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    if args.collect:
+        known = {(row["batch"], row["arm"], row["seed"]) for row in rows}
+        rows += [
+            row
+            for row in collect(args.collect, args.batch)
+            if (row["batch"], row["arm"], row["seed"]) not in known
+        ]
+        args.file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.file, "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
+    print(table(rows, args.control))
+
+
+if __name__ == "__main__":
+    main()
