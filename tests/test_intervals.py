@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rexrag import intervals
-from rexrag.intervals import interval, macro_interval, paired_p, sampled_error
+from rexrag.intervals import interval, macro_interval, paired_p, sampled_error, score_interval, share
 
 
 def test_the_error_of_a_sample_is_the_spread_of_many_samples():
@@ -54,3 +54,12 @@ def test_values_equal_but_for_rounding_have_no_spread():
     values = [0.13000000000000003, 0.13, 0.13]
     found = interval(values)
     assert found["low"] == found["value"] == found["high"] == pytest.approx(0.13)
+
+
+def test_all_wrong_does_not_prove_that_the_rate_is_zero():
+    assert score_interval([0.0] * 100) == share(0, 100)
+    assert score_interval([0.0] * 100)["high"] == pytest.approx(0.037, abs=1e-3)
+    assert score_interval([1.0] * 8)["low"] < 0.7
+    mixed = [0.0, 1.0, 0.5, 1.0]
+    assert score_interval(mixed) == interval(mixed)
+    assert score_interval([]) == interval([])

@@ -16,7 +16,7 @@ from rexrag.agent.episode import Episode
 from rexrag.agent.reward import score_answer
 from rexrag.config import Config
 from rexrag.engine.base import Policy
-from rexrag.intervals import interval
+from rexrag.intervals import score_interval
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Origin, Question, Rollout, Turn, searches_run
 
@@ -111,14 +111,14 @@ def figures_of(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """
     em = [score["em"] for score in scores]
     by_hops = {
-        str(hops): interval([score["em"] for score in scores if score["hops"] == hops])
+        str(hops): score_interval([score["em"] for score in scores if score["hops"] == hops])
         for hops in sorted({int(score["hops"]) for score in scores} - {0})
     }
     means = ("searches", "unanswered", "tokens", "invalid")
     return {
-        "em": interval(em),
-        "f1": interval([score["f1"] for score in scores]),
-        "sub_em": interval([score["sub_em"] for score in scores]),
+        "em": score_interval(em),
+        "f1": score_interval([score["f1"] for score in scores]),
+        "sub_em": score_interval([score["sub_em"] for score in scores]),
         "by_hops": by_hops,
         **{name: mean([score[name] for score in scores]) for name in means},
         "em_by_question": em,

@@ -41,6 +41,16 @@ def share(k: int, n: int) -> dict[str, float]:
     return {"value": k / n, "low": float(bounds.low), "high": float(bounds.high), "n": n}
 
 
+def score_interval(values: Sequence[float]) -> dict[str, float]:
+    """`interval` of scores in [0, 1]; Wilson's where all are 0 or all are 1.
+
+    Eight wrong answers of eight have no spread to resample, and yet do not prove that the rate is 0.
+    """
+    if len(values) and (not any(values) or all(value == 1.0 for value in values)):
+        return share(round(sum(values)), len(values))
+    return interval(values)
+
+
 def macro_interval(groups: Sequence[Sequence[float]], seed: int = 0) -> dict[str, float]:
     """{value, low, high, n}: the mean of the groups' means, each group resampled within itself (percentiles).
 

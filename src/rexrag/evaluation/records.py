@@ -17,7 +17,7 @@ from rexrag.evaluate import Scored, figures, mean, scored
 from rexrag.evaluation.attempts import Attempt
 from rexrag.evaluation.audit import Audit
 from rexrag.evaluation.strategies import CLOSED_BOOK
-from rexrag.intervals import interval, sampled_error
+from rexrag.intervals import sampled_error, score_interval
 from rexrag.io import json_line
 from rexrag.types import Question
 
@@ -109,7 +109,7 @@ def cell_figures(chosen: QuestionSet, rows: Records, audit: Audit | None) -> dic
     recall = [float(row["in_evidence"]) for _, row in answered if row["in_evidence"] is not None]
     return found | {
         "se": sampled_error(strata),
-        "in_evidence": interval(recall) if recall else None,
+        "in_evidence": score_interval(recall) if recall else None,
         "read": mean([row["read"] for _, row in answered]),
         "seconds": {f"p{p}": float(np.percentile(seconds, p)) if seconds else 0.0 for p in (50, 95)},
         # Rows of an earlier version do not say.
