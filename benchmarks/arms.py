@@ -15,8 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rexrag.comparison import COMPARED
-from rexrag.intervals import interval, paired_p
+from rexrag.comparison import COMPARED, differences
 from rexrag.io import write_text
 
 Rows = list[dict[str, Any]]
@@ -53,18 +52,10 @@ def _short(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def difference(rows: Rows, control: Rows, name: str) -> str:
-    """Mean paired difference in points, its interval, p; bold where the interval excludes 0."""
-    base = {(row["batch"], row["seed"]): row[name] for row in control}
-    pairs = [
-        row[name] - base[row["batch"], row["seed"]] for row in rows if (row["batch"], row["seed"]) in base
-    ]
-    if not pairs:
-        return ""
-    found, p = interval(pairs), paired_p(pairs)
-    low, high = 100 * found["low"], 100 * found["high"]
-    text = f"{100 * found['value']:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
-    text = f"{text} p {p:.3f}"
+def in_points(difference: dict[str, float]) -> str:
+    """Mean, interval and p of a paired difference; bold where the interval excludes 0."""
+    value, low, high = (100 * difference[name] for name in ("value", "low", "high"))
+    text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}] p {difference['p']:.3f}".replace("-", "−")
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
@@ -72,13 +63,15 @@ def table(rows: Rows, control: str) -> str:
     """Markdown: an arm a line; each cell its mean and its difference to the control, in points."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     lines = [f"| arm | seeds | {' | '.join(SHOWN.values())} |", "|---" * (2 + len(SHOWN)) + "|"]
-    base = [row for row in rows if row["arm"] == control]
+    base = {(row["batch"], row["seed"]): row for row in rows if row["arm"] == control}
     for arm in arms:
-        own = [row for row in rows if row["arm"] == arm]
+        own = [row for row in rows if row["arm"] == arm and (row["batch"], row["seed"]) in base]
+        found = differences(own, [base[row["batch"], row["seed"]] for row in own]) if own else {}
         cells = [f"`{arm}`", str(len(own))]
         for name in SHOWN:
-            mean = f"{sum(row[name] for row in own) / len(own):.3f}".removeprefix("0")
-            cells.append(mean if arm == control else f"{mean}, {difference(own, base, name)}")
+            mean = f"{sum(row[name] for row in own) / max(1, len(own)):.3f}".removeprefix("0")
+            pair = found.get(f"{name}_difference")
+            cells.append(mean if arm == control or pair is None else f"{mean}, {in_points(pair)}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -42,7 +42,7 @@ def compare(
 ) -> dict[str, Any]:
     """Figures of every arm over seeds, and its paired difference to the first arm."""
     found = {arm: [_figures(run_folder(out, arm, seed), budget, amount) for seed in seeds] for arm in arms}
-    rows = {arm: _row(runs) | _differences(runs, found[arms[0]]) for arm, runs in found.items()}
+    rows = {arm: _row(runs) | differences(runs, found[arms[0]]) for arm, runs in found.items()}
     for name in _compared(found[arms[0]]):
         del rows[arms[0]][f"{name}_difference"]
     facts = {"control": arms[0], "seeds": list(seeds), "budget": budget, "amount": amount}
@@ -64,13 +64,13 @@ def _row(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _differences(runs: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def differences(runs: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Paired by seed: mean difference, its bootstrap interval, and the p-value of "no difference"."""
-    differences = {}
+    found = {}
     for name in _compared(runs):
         pairs = [run[name] - other[name] for run, other in zip(runs, control, strict=True)]
-        differences[f"{name}_difference"] = interval(pairs) | {"p": paired_p(pairs)}
-    return differences
+        found[f"{name}_difference"] = interval(pairs) | {"p": paired_p(pairs)}
+    return found
 
 
 def _figures(folder: Path, budget: Budget, amount: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ own layout, or, where a weight is so small that calling those kernels is what ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -33,7 +33,7 @@ class Repacked:
     def used(self) -> Iterator[None]:
         """Inside, these layers multiply by the copies."""
         for layer, forward in self._forwards:
-            layer.forward = forward  # type: ignore[method-assign, assignment]
+            layer.forward = forward  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -50,7 +50,7 @@ def _fits(weight: Tensor) -> bool:
     return has_kernels and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def _copied(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _copied(layer: nn.Linear) -> partial[Tensor]:
     """The layer's forward on a copy of its weight."""
     if layer.weight.numel() < SMALL:
         return partial(_product, layer.weight.detach().t().contiguous(), layer.bias)
