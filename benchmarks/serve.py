@@ -55,20 +55,24 @@ def service(index: Path | None, url: str, encoder: str) -> Iterator[str]:
 
 
 async def load(url: str, bodies: Iterator[dict[str, Any]], clients: int, seconds: float) -> dict[str, Any]:
-    """All clients until the time is over; each waits for its answer before it asks again."""
+    """All clients until the time is over, each at least once; each waits for its answer first."""
     latencies: list[float] = []
     outcomes: Counter[str] = Counter()
     until = time.perf_counter() + seconds
 
     async def client() -> None:
-        while time.perf_counter() < until:
+        asked = False  # each asks at least once, however late it comes to its turn
+        while not asked or time.perf_counter() < until:
+            asked = True
             try:
                 async with Connection(url) as connection:
-                    while time.perf_counter() < until:
+                    while True:
                         begun = time.perf_counter()
                         outcome = await asyncio.wait_for(connection.ask(next(bodies)), PATIENCE)
                         latencies.append(time.perf_counter() - begun)
                         outcomes[outcome] += 1
+                        if time.perf_counter() >= until:
+                            return
             except (OSError, EOFError, TimeoutError) as error:
                 outcomes[type(error).__name__] += 1
 
