@@ -117,7 +117,8 @@ class MethodConfig(Model):
     """DAPO: ask up to this many more batches of questions until as many groups as a step has questions
     differ in reward, and train on those only; 0 trains on what was drawn."""
     cues: str = "default"
-    """Name of a cue pool, or `none`: cut and continue without a cue."""
+    """Name of a cue pool; your own, a text file (`doubts.txt`) with one a line; or `none`: cut and continue
+    without a cue."""
 
     filter: Literal["cue-logp", "none", "random", "oracle", "right"] = "cue-logp"
     """What is kept: the most plausible cues, all, any, right probes first, or right probes alone."""

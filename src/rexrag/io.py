@@ -123,25 +123,40 @@ def sha256_rows(rows: Iterable[object]) -> str:
     return state.hexdigest()
 
 
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file with their numbers; blank ones are skipped but counted.
+
+    Raises DataError where the file cannot be read or a line is not UTF-8.
+    """
+    for number, line in _lines(path):
+        try:
+            yield number, line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"expected a text in UTF-8: {error}", file=path, row=number) from None
+
+
 def read_jsonl(path: str | Path) -> Iterator[Row]:
     """Stream the objects of a JSON-lines file; blank lines are skipped but counted.
 
     Raises DataError where the file cannot be read or a line is not a JSON object in UTF-8.
     """
+    for number, line in _lines(path):
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"expected a JSON object in UTF-8: {error}", file=path, row=number) from None
+        if not isinstance(value, dict):
+            found = type(value).__name__
+            raise DataError(f"expected a JSON object, got {found}", file=path, row=number)
+        yield number, value
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"expected a JSON object in UTF-8: {error}", file=path, row=number) from None
-            if not isinstance(value, dict):
-                found = type(value).__name__
-                raise DataError(f"expected a JSON object, got {found}", file=path, row=number)
-            yield number, value
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield number, line
 
 
 def read_parquet(path: str | Path) -> Iterator[Row]:

@@ -8,7 +8,7 @@ import pytest
 from rexrag.agent.codec import load_codec
 from rexrag.agent.prompts import CUE_POOLS, TEMPLATES, cue_pool, pool_digest, render_prompt
 from rexrag.agent.protocol import NOTICE, actions
-from rexrag.errors import ConfigError
+from rexrag.errors import ConfigError, DataError
 from tests.agent.codecs import TAGS
 
 
@@ -43,6 +43,31 @@ def test_a_cue_opens_a_thought_and_leaves_it_open(name):
         assert cue.startswith("<think> ")
         assert re.findall(r"<[^>]*>", cue) == ["<think>"]
         assert actions(cue) == []
+
+
+def test_a_pool_of_ones_own_is_a_text_file(tmp_path):
+    file = tmp_path / "doubts.txt"
+    file.write_text("\ufeffWait, is 3 < 4?\n\n  <think> Ça ne va pas. \n", encoding="utf-8")
+    assert cue_pool(str(file)) == ("<think> Wait, is 3 < 4?", "<think> Ça ne va pas.")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"fine\n\nno </think> here\n", "doubts.txt, row 3: expected a doubt without a tag"),
+        (b"< Answer > x\n", "doubts.txt, row 1: expected a doubt without a tag"),
+        (b"<think>\n", "doubts.txt, row 1: expected a doubt without a tag"),
+        (b"fine\n\xff\n", "doubts.txt, row 2: expected a text in UTF-8"),
+        (b"\n", "doubts.txt: no cue here; expected one doubt a line"),
+        (None, "doubts.txt: no such file"),
+    ],
+)
+def test_a_wrong_line_in_a_pool_is_named(tmp_path, content, message):
+    file = tmp_path / "doubts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        cue_pool(str(file))
 
 
 def test_the_default_pool_is_thirty_doubts_with_different_beginnings():

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeVar
 
-from rexrag.errors import ConfigError
+from rexrag.agent.protocol import neutralise
+from rexrag.errors import ConfigError, DataError
+from rexrag.io import read_lines
 
 T = TypeVar("T")
 
@@ -169,8 +171,24 @@ def render_baseline(name: str, question: str, **fields: str) -> str:
 
 
 def cue_pool(name: str) -> tuple[str, ...]:
-    """The cues of a named pool. Raises ConfigError for an unknown name, naming the nearest known one."""
-    return _lookup(CUE_POOLS, name, "method.cues")
+    """The cues of a named pool, or of a user's own text file (`*.txt`), one doubt a line.
+
+    Raises ConfigError for an unknown name, naming the nearest known one; DataError for a wrong line.
+    """
+    if not name.endswith(".txt"):
+        return _lookup(CUE_POOLS, name, "method.cues")
+    cues = tuple(_own_cue(name, row, line) for row, line in read_lines(name))
+    if not cues:
+        raise DataError("no cue here; expected one doubt a line", file=name)
+    return cues
+
+
+def _own_cue(path: str, row: int, line: str) -> str:
+    """A line as a cue: it opens a thought and leaves it open."""
+    words = line.removeprefix("<think>").strip()
+    if not words or neutralise(words) != words:
+        raise DataError("expected a doubt without a tag, such as 'Is that so?'", file=path, row=row)
+    return f"<think> {words}"
 
 
 def pool_digest(cues: Sequence[str]) -> str:
