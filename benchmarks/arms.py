@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rexrag.comparison import COMPARED, differences
+from rexrag.intervals import differs
 from rexrag.io import write_text
 
 Rows = list[dict[str, Any]]
@@ -53,10 +54,10 @@ def _short(value: Any) -> Any:
 
 
 def in_points(difference: dict[str, float]) -> str:
-    """Mean, interval and p of a paired difference; bold where the interval excludes 0."""
+    """Mean, interval and p of a paired difference; bold where `intervals.differs`."""
     value, low, high = (100 * difference[name] for name in ("value", "low", "high"))
     text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}] p {difference['p']:.3f}".replace("-", "−")
-    return f"**{text}**" if low > 0 or high < 0 else text
+    return f"**{text}**" if differs(difference) else text
 
 
 def table(rows: Rows, control: str) -> str:

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from rexrag.cli import main
+from rexrag.config_io import dump_toml
 from rexrag.data.world import World
+from rexrag.errors import RunFolderError
 
 QUESTION = {"id": "q1", "question": "Who?", "answers": ["x"]}
 PASSAGE = {"id": "1", "contents": '"Oslo"\nOslo is a city in Norway.'}
@@ -121,6 +123,11 @@ def test_an_out_folder_that_cannot_be_used(run, files):
         (["compare", "--arms", "grpo,rex"], ["arm 'rex'", "did you mean 'rex-rag'"]),
         (["compare", "--seeds", "0"], ["at least one seed"]),
         (["compare", "--budget", "money"], ["--budget money", "tokens"]),
+        (["train", "quickstart", "--resume", "--out", "r"], ["r/config.toml", "not quickstart", "--set"]),
+        (["train", "--set", "retriever.url=http://127.0.0.1:1"], ["retriever.url", "kind = 'remote'"]),
+        (["eval", "--index", "a", "--retriever", "http://127.0.0.1:1"], ["--index and --retriever"]),
+        (["eval", "--policy", "embedded", "--vouch", "wiki18-e5"], ["--vouch", "remote retriever only"]),
+        (["ask", "x", "--policy", "http://127.0.0.1:1/v1"], ["rexrag eval takes an endpoint"]),
         (["score", "nothing.jsonl"], ["nothing.jsonl"]),
         (["retrieve", "x"], ["exactly one of --index"]),
         (["serve", "nothing"], ["nothing", "no index here"]),
@@ -134,6 +141,43 @@ def test_an_out_folder_that_cannot_be_used(run, files):
 def test_a_mistake_is_one_line(run, arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(run(*arguments), *words)
+
+
+def test_the_control_is_laid_over_the_base_and_survives_a_kill(run, tmp_path, monkeypatch):
+    seen = []
+
+    def pretended(config, folder, resume, observer):
+        seen.append(
+            (config.arm, config.method.clip_high, config.method.dynamic_sampling, config.seed, resume)
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(dump_toml(config))
+        observer.started(config, folder)
+        if config.arm == "grpo" and len(seen) == 2:
+            raise RunFolderError("killed")
+        summary = {"steps": 1, "generated_tokens": 0, "seconds": 1.0}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return summary
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rexrag.train.train", pretended)
+    monkeypatch.setattr("rexrag.report.write_report", lambda *arguments: "page")
+    refused(run("train", "--arm", "dapo", "--seed", "3", "--out", "r"), "killed")
+    assert run("train", "--resume", "--out", "r", "--json")[0] == 0
+    control = ("grpo", 0.2, 0, 3, False)
+    assert seen == [("dapo", 0.28, 3, 3, False), control, control]
+
+
+def test_an_index_brings_its_kind_and_silences_a_remote_retriever(run, files, tmp_path):
+    folder, _ = files
+    kept = ["--corpus", folder / "corpus.jsonl", "--index", folder / "index"]
+    build = ["index", "build", folder / "corpus.jsonl", "--out", folder / "index", "--kind", "bm25-disk"]
+    assert run(*build)[0] == 0
+    (folder / "c.toml").write_text('[retriever]\nkind = "remote"\nurl = "http://127.0.0.1:1"\n')
+    words = ["--data", folder / "train.jsonl", "--limit", "1", "--strategy", "rag", "--out", tmp_path / "o"]
+    code, out, err = run("eval", folder / "c.toml", "--policy", "embedded", *kept, *words, "--json")
+    assert code == 0, err
+    assert json.loads(out)["retriever"]["kind"] == "bm25-disk"
 
 
 def test_debug_shows_where(run):
@@ -160,7 +204,8 @@ def test_an_evaluation_of_a_run_uses_its_own_settings_and_gives_its_own_number(r
     assert code == 0, err
     result = json.loads(out)
     assert result["cells"][0]["em"] == trained and result["cells"][0]["corpus"]["ceiling"] == 1.0
-    assert result["out"] == "runs/eval/r-checkpoints-step-1"
+    digest = result["policy"]["digest"][:8]
+    assert result["out"] == f"runs/eval/r-checkpoints-step-1-{digest}", "a later checkpoint is another policy"
     code, out, _ = run("eval", "--show", result["out"])
     assert code == 0 and "agent: scores" in out and "direct minus agent" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80

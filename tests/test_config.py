@@ -36,7 +36,7 @@ def test_overrides_are_typed_and_later_ones_win():
         ({}, ["method.kl"], "expected key=value"),
         ({}, ["method.probe_probability=1.5"], "method.probe_probability = 1.5"),
         ({}, ["method.realignment=papper"], "method.realignment = 'papper'"),
-        ({}, ["method.keep_floor=0.5"], "keep_floor 0.5 is above keep_ratio"),
+        ({}, ["method.keep_floor=0.5", "method.keep=adaptive"], "keep_floor 0.5 is above keep_ratio"),
         ({}, ["method.realignment=trajectory", "method.cues=none"], "needs cues"),
     ],
 )
@@ -60,6 +60,43 @@ def test_every_shipped_config_and_arm_resolves(name, arm):
     config = presets.resolve(name, arm)
     assert config.arm == arm
     assert parse_config(__import__("tomllib").loads(dump_toml(config))) == config
+
+
+PAPER = {"probe": True, "realignment": "paper", "filter": "cue-logp", "cue_loss": "all", "cues": "tiny"}
+PROMISED = {
+    "grpo": {"probe": False},
+    "grpo-matched": {"probe": False, "rollouts": 6},
+    "dapo": {
+        "probe": False,
+        "clip_high": 0.28,
+        "kl": 0.0,
+        "dynamic_sampling": 3,
+        "aggregation": "token-mean",
+    },
+    "resample": {"probe": True, "cues": "none", "realignment": "none"},
+    "probe-uncorrected": PAPER | {"realignment": "none"},
+    "rex-rag": PAPER | {"cue_density": "fine", "probe_probability": 0.2, "keep_ratio": 0.08},
+    "rex-rag-coarse": PAPER | {"cue_density": "coarse"},
+    "rex-rag-no-filter": PAPER | {"filter": "none"},
+    "rex-rag-trajectory": PAPER | {"realignment": "trajectory"},
+    "rex-rag-internalize": PAPER | {"realignment": "internalize", "tail": "one"},
+    "rex-rag-internalize-truncated": PAPER | {"realignment": "internalize", "tail": "truncated"},
+    "rex-rag-cue-first": PAPER | {"cue_loss": "first"},
+    "rex-rag-cue-none": PAPER | {"cue_loss": "none"},
+    "rex-rag-oracle-filter": PAPER | {"filter": "oracle"},
+    "rex-rag-group": PAPER | {"alpha": "group", "failure_rate": "question"},
+    "rex-rag-dapo": PAPER | {"clip_high": 0.28, "kl": 0.0, "dynamic_sampling": 3, "keep_ratio": 0.12},
+    "rex-rag-rescue": PAPER
+    | {"realignment": "internalize", "tail": "unclipped", "filter": "right", "probe_groups": "all-wrong"}
+    | {"keep_per_group": 1, "probe_target": 0.2, "probe_probability": 0.5},
+}
+
+
+def test_every_arm_does_what_its_file_says():
+    assert set(PROMISED) == set(presets.arm_names())
+    for arm, promised in PROMISED.items():
+        method = presets.resolve("quickstart", arm).method
+        assert {name: getattr(method, name) for name in promised} == promised, arm
 
 
 def test_an_arm_is_laid_between_file_and_overrides():

@@ -51,6 +51,7 @@ def test_every_run_has_the_same_budget_and_a_seed_is_one_world_in_every_arm():
             2.5,
             1,
         )
+        assert (config.train.max_generated, config.train.max_tokens, config.train.max_rollouts) == (0, 0, 0)
         assert config.train.control == "" and config.data == work.configs["grpo", seed].data
     assert work.configs["grpo", 1].data.world_seed != work.configs["grpo", 2].data.world_seed
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rexrag import intervals
-from rexrag.intervals import interval, macro_interval, paired_p, sampled_error, score_interval, share
+from rexrag.intervals import differs, interval, macro_interval, paired_p, sampled_error, score_interval, share
 
 
 def test_the_error_of_a_sample_is_the_spread_of_many_samples():
@@ -48,6 +48,16 @@ def test_resampling_in_parts_changes_nothing(monkeypatch):
     parts = interval(values), paired_p(differences), macro_interval([values])
     for one, other in zip(whole, parts, strict=True):
         assert one == pytest.approx(other, abs=0.01)
+
+
+def test_a_difference_needs_an_interval_without_zero_and_a_small_p():
+    few = [0.02, 0.03, 0.05, 0.01, 0.04]
+    many = [*few, 0.02, 0.03]
+    told = [interval(values) | {"p": paired_p(values)} for values in (few[:1], few[:2], few, many)]
+    assert all(row["low"] > 0 for row in told)
+    assert [differs(row) for row in told] == [False, False, False, True], "five pairs have p = .0625 at least"
+    assert differs({"value": 0.1, "low": 0.05, "high": 0.2, "n": 2}), "a macro average has no p"
+    assert not differs({"value": 0.1, "low": -0.05, "high": 0.2, "n": 9, "p": 0.01})
 
 
 def test_values_equal_but_for_rounding_have_no_spread():

@@ -43,6 +43,12 @@ def test_a_hosted_logger_gets_numbers_only(name, monkeypatch, tmp_path):
     }  # fmt: skip
 
 
+def test_a_logger_that_never_began_is_not_finished(monkeypatch):
+    module = ModuleType("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    Together(open_trackers(["trackio"])).finish()  # trackio.finish() without init raises
+
+
 def test_tensorboard_writes_event_files(tmp_path):
     pytest.importorskip("tensorboard")
     (observer,) = open_trackers(["tensorboard"])

@@ -172,11 +172,36 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, fake):
     train(config(), folder)
     shutil.rmtree(folder / "checkpoints")
     (folder / "tensorboard").mkdir()
+    (folder / "checkpoints" / ".step-2.77-ab.tmp").mkdir(parents=True)
+    (folder / "page.html").write_text("mine")
+    assert not has_checkpoint(folder), "a save that a kill cut off is none"
     clear_unsaved(folder)
-    assert not any(folder.iterdir())
+    assert {path.name for path in folder.iterdir()} == {"config.toml", "page.html"}
     train(config(), folder)
     clear_unsaved(folder)
     assert (folder / "metrics.jsonl").exists() and has_checkpoint(folder)
+
+
+def test_what_a_kill_left_of_a_save_goes_with_the_next(tmp_path, fake):
+    folder = tmp_path / "run"
+    train(config("train.steps=2"), folder)
+    (folder / "checkpoints" / ".step-4.77-ab.tmp").mkdir()
+    train(config(), folder, resume=True)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-2", "step-4"]
+
+
+def test_an_interrupt_in_the_last_step_ends_the_run_and_says_so(tmp_path, fake, monkeypatch):
+    folder = tmp_path / "run"
+
+    def interrupting(*args):
+        signal.raise_signal(signal.SIGINT)
+        return save(*args)
+
+    save = loop._save
+    monkeypatch.setattr(loop, "_save", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        train(config("train.steps=2"), folder)
+    assert (folder / "summary.json").is_file() and has_checkpoint(folder)
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, fake):

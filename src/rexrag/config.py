@@ -135,8 +135,9 @@ class MethodConfig(Model):
     cue_density: Literal["fine", "coarse"] = "fine"
     tail: Literal["one", "truncated", "unclipped"] = "one"
     """internalize: weight of the spliced continuation. one: that of any token, clipped. truncated: its ratio
-    to the density that wrote it, after the cue, at most `tail_cap`. unclipped: 1, however far the policy has
-    moved since the rollout (`tail_cap` = 1): the decision to go on is too rare for a clip of 20 % a step."""
+    to the density that wrote it, after the cue, at most `tail_cap`. unclipped: 1, also where the policy has
+    moved towards it since the rollout (and its ratio, at most `tail_cap` = 1, where it moved away): the
+    decision to go on is too rare for a clip of 20 % a step."""
     tail_cap: Positive = 1.0
     cue_loss: Literal["all", "first", "none"] = "all"
     alpha: Literal["batch", "group"] = "batch"
@@ -156,7 +157,7 @@ class MethodConfig(Model):
 
     @model_validator(mode="after")
     def _check(self) -> MethodConfig:
-        if self.keep_floor > self.keep_ratio:
+        if self.keep == "adaptive" and self.keep_floor > self.keep_ratio:
             raise ValueError(f"keep_floor {self.keep_floor} is above keep_ratio {self.keep_ratio}")
         if self.realignment == "trajectory" and self.cues == "none" and self.probe:
             raise ValueError("realignment 'trajectory' needs cues: a continuation without one has no density")

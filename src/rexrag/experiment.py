@@ -71,8 +71,10 @@ def plan(
     if len(set(names)) < len(names) or not names:
         raise ConfigError(f"--arms {','.join(arms)}: expected different names, at least one")
     configs = {}
+    # A limit that the config brings along would stop arms at different shares of the budget.
+    limits = dict.fromkeys(LIMITS.values(), 0) | {LIMITS[budget]: amount if budget == "time" else int(amount)}
+    spent = [f"train.{name}={value}" for name, value in limits.items()]
     for (name, arm), seed in product(zip(names, arms, strict=True), seeds):
-        spent = [f"train.{LIMITS[budget]}={int(amount) if budget != 'time' else amount}"]
         fixed = [*spent, f"train.steps={ENDLESS}", f"train.evals={evals}", "train.control=''", f"seed={seed}"]
         fixed += ["train.threads=1", f"train.diagnose_every={DIAGNOSE_EVERY}"]
         resolved = presets.resolve(config, arm, [*overrides, *fixed])

@@ -55,11 +55,6 @@ def arm_overlay(name: str) -> dict[str, Any]:
     return {**read_toml(shipped), "arm": name}
 
 
-def overlaid(tree: dict[str, Any], overlay: dict[str, Any]) -> Config:
-    """A resolved tree with an arm's changes laid over it."""
-    return parse_config(deep_merge(tree, overlay), where=f"arm {overlay['arm']}")
-
-
 def arm_names() -> list[str]:
     return sorted(path.stem for path in (FOLDER / "arms").glob("*.toml"))
 

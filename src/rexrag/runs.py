@@ -30,6 +30,7 @@ from rexrag.errors import CheckpointError, RunFolderError
 from rexrag.io import atomic_folder, json_line, sha256_file, write_json, write_text
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "rollouts.jsonl.zst")
+UNSAVED = (*LOGS, "environment.json", "summary.json")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "bm25s", "pydantic", "peft")
 
 
@@ -39,7 +40,7 @@ def open_run(folder: Path, config: Config, resume: bool) -> None:
         if not (folder / "config.toml").is_file():
             raise RunFolderError(f"{folder}: no run to resume there (it has no config.toml)")
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and (_is_cleared(folder) or not any(folder.iterdir()))):
         raise RunFolderError(f"{folder} is not empty; pass --resume to continue it, or another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,15 +50,24 @@ def open_run(folder: Path, config: Config, resume: bool) -> None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Is there a checkpoint, of either engine, whole or not?"""
-    return any((folder / "checkpoints").glob("*step*"))
+    """Is there a checkpoint, of either engine? What a kill left half-written is hidden and does not count."""
+    return any(not path.name.startswith(".") for path in (folder / "checkpoints").glob("*step*"))
+
+
+def _is_cleared(folder: Path) -> bool:
+    """A run was here that saved nothing, and `clear_unsaved` left its settings."""
+    began = any((folder / name).exists() for name in UNSAVED)
+    return (folder / "config.toml").is_file() and not began and not has_checkpoint(folder)
 
 
 def clear_unsaved(folder: Path) -> None:
-    """Remove what a run wrote before its first checkpoint, so that it can begin again. Other files stay."""
+    """Remove what a run wrote before its first checkpoint, so that it can begin again.
+
+    Its `config.toml` stays until the new one replaces it, and so do files that are not a run's.
+    """
     if has_checkpoint(folder):
         return
-    for name in (*LOGS, "config.toml", "environment.json", "summary.json"):
+    for name in UNSAVED:
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard", "verl"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -141,6 +151,8 @@ def save_checkpoint(
     """`checkpoints/step-N`, whole or not at all; older ones beyond `keep` go. `save` writes the learner."""
     folder = run / "checkpoints" / f"step-{step}"
     sizes = {name: (run / name).stat().st_size for name in LOGS if (run / name).exists()}
+    for left in folder.parent.glob(".step-*.tmp"):  # by a kill in the middle of an earlier save
+        shutil.rmtree(left, ignore_errors=True)
     with atomic_folder(folder) as fresh:
         save(fresh)
         write_json(fresh / "state.json", {**state, "step": step, "logs": sizes})

@@ -11,7 +11,7 @@ from rexrag.agent.codec import HFCodec
 from rexrag.agent.episode import Codec, Episode
 from rexrag.agent.prompts import cue_pool
 from rexrag.config import Config, DataConfig
-from rexrag.data.questions import load_questions, questions_digest
+from rexrag.data.questions import draw_questions, load_questions, questions_digest
 from rexrag.data.world import World
 from rexrag.engine.base import Learner, Policy
 from rexrag.errors import ConfigError
@@ -74,7 +74,9 @@ def build(config: Config) -> Setup:
     retriever = make_retriever(config.retriever, data.corpus)
     policy, learner = load_engine(config)
     check_prompts(data, policy.codec, config)
-    own = policy if learner.mirror is None else LocalPolicy(learner.model, policy.codec)
+    own = policy
+    if learner.mirror is not None or learner.autocast:  # the numbers that the learner's ratios start from
+        own = LocalPolicy(learner.model, policy.codec, autocast=learner.autocast)
     cues = load_cues(config, policy.codec)
     codec = policy.codec
     assert isinstance(codec, HFCodec)
@@ -112,8 +114,9 @@ def load_data(config: DataConfig) -> Data:
             world.questions("held-out", config.dev_limit),
             world.documents,
         )
-    dev = load_questions(config.dev, split="dev")[: config.dev_limit] if config.dev else []
-    return Data(load_questions(config.train), dev, config.corpus)
+    dev = load_questions(config.dev, split="dev") if config.dev else []
+    # Drawn, not the first: a file of several sets in turn would be judged by its first set alone.
+    return Data(load_questions(config.train), draw_questions(dev, config.dev_limit), config.corpus)
 
 
 def fresh_world(config: DataConfig) -> Data | None:

@@ -1,7 +1,7 @@
 """Optional loggers, as observers of a run: TensorBoard, Weights & Biases, Trackio.
 
-They get the numbers of `metrics.jsonl` and `eval.jsonl`, nothing else: no text of questions, documents or
-models leaves the run folder.
+They get the numbers of `metrics.jsonl` and `eval.jsonl`; hosted ones the configuration too, with the paths
+and addresses in it. No text of questions, documents or models leaves the run folder.
 """
 
 from __future__ import annotations
@@ -86,10 +86,12 @@ class Hosted:
 
     def __init__(self, name: Tracker) -> None:
         self.module = _package(name, name)
+        self.open = False
 
     def started(self, config: Config, folder: Path) -> None:
         name = folder.name if folder.name != CONTROL else f"{folder.parent.name}-{CONTROL}"
         self.module.init(project=PROJECT, name=name, config=config.model_dump(mode="json"))
+        self.open = True
 
     def evaluated(self, figures: dict[str, Any]) -> None:
         self.module.log(evaluation(figures), step=figures["step"])
@@ -98,7 +100,8 @@ class Hosted:
         self.module.log(numbers(row), step=row["step"])
 
     def finish(self) -> None:
-        self.module.finish()
+        if self.open:  # trackio refuses to finish what never began
+            self.module.finish()
 
 
 def open_trackers(names: Sequence[Tracker]) -> list[Watcher]:

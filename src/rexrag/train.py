@@ -129,7 +129,10 @@ def train(
                 _save(config, setup, folder, progress)
             if interrupted() and not last:
                 raise KeyboardInterrupt
-    return summarise(config, folder, progress)
+        summary = summarise(config, folder, progress)
+        if interrupted():  # in the last step: the run is whole, but what would come after it is not wanted
+            raise KeyboardInterrupt
+    return summary
 
 
 def questions_of(questions: Sequence[Question], asked: int, count: int, seed: int) -> list[Question]:

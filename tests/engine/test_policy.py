@@ -25,6 +25,7 @@ from rexrag.engine.local.loading import (
     load_policy,
     resolve,
 )
+from rexrag.engine.local.packing import pack_rows
 from rexrag.engine.local.policy import LocalPolicy
 from rexrag.errors import ConfigError, ModelError
 from rexrag.types import Document, Origin, Question, Sample
@@ -49,6 +50,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.lm_head.weight.mul_(0.3)  # nearly even odds, so that random text holds actions
     model.save_pretrained(str(made))
     return made
+
+
+def test_a_sampler_in_bfloat16_is_the_model_that_is_loaded_in_bfloat16(folder: Path) -> None:
+    config = parse_config({}, [f"policy.path={folder}", "policy.dtype=bfloat16"])
+    sampler, learner = load_engine(config)
+    loaded = load_policy(config.policy)
+    rows = [([1, 2, 3], [4 + i % 20 for i in range(400)])]
+    assert torch.equal(sampler.score(rows, 1.0)[0], loaded.score(rows, 1.0)[0])
+    assert learner.mirror is sampler.model
+
+
+def test_scores_under_autocast_are_what_the_learner_starts_from(folder: Path) -> None:
+    policy, learner = load_engine(parse_config({}, [f"policy.path={folder}", "policy.autocast=true"]))
+    own = LocalPolicy(learner.model, policy.codec, autocast=True)
+    rows = [([1, 2, 3], [4 + i % 20 for i in range(60)])]
+    with torch.autocast("cpu", torch.bfloat16):
+        (pack,) = pack_rows(rows, [0], 8192)
+        expected = pack.logps(learner.model, 1.0)
+    assert torch.equal(own.score(rows, 1.0)[0], expected.detach())
+    assert not torch.equal(own.score(rows, 1.0)[0], policy.score(rows, 1.0)[0])
 
 
 class Library:

@@ -268,6 +268,23 @@ def test_a_larger_sample_reuses_a_smaller_one(files):
     assert run(plan(files, policy, limit=5), Options())["cells"][0]["em"]["n"] == 5
 
 
+def test_a_shown_evaluation_pairs_the_questions_it_reports(files):
+    run(plan(files, Counting(), "b", digest="b"), Options())
+    run(plan(files, Counting(), "a"), Options())
+    run(plan(files, Counting(), "a", limit=4), Options())
+    _, ours = load_evaluation(files / "a")
+    _, theirs = load_evaluation(files / "b")
+    assert compare(ours, theirs, "b")[0]["em"]["n"] == 4
+
+
+def test_where_every_row_failed_the_reasons_are_told(files):
+    broken = Counting(failing=map(str, range(N)))
+    run(plan(files, Counting(), "a"), Options())
+    result = run(plan(files, broken, "b", digest="b", strategies=["agent", "direct"]),
+                 Options(against=(files / "a",)))  # fmt: skip
+    assert result["failures"]["reasons"] and all(row["way"] != "agent" for row in result["paired"])
+
+
 def test_paired_differences(files):
     base = run(plan(files, Counting(), "a"), Options())
     better = Counting(right=lambda i: i != 1)

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import re
-from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +13,10 @@ from hypothesis import strategies as st
 
 from rexrag.errors import DataError
 from rexrag.report import write_report
+from rexrag.report.headline import _paired
 from rexrag.report.page import json_block
+from rexrag.report.read import read_runs
+from rexrag.report.series import group_arms
 from rexrag.report.words import compact, duration
 from tests.report.synthetic import HOSTILE, write_run
 
@@ -99,8 +101,37 @@ def test_the_headline_shows_run_and_control(tmp_path: Path) -> None:
             em = summary[key]
             assert f"{100 * em['value']:.1f} [{100 * em['low']:.1f}, {100 * em['high']:.1f}]" in text
         assert f"{100 * (summary['em_after']['value'] - summary['em_before']['value']):+.1f}" in text
-    assert "seed 4" in text and "51.6 k" in text and "1.18 times the control's tokens" in text
+    assert "seed 4" in text and "51.6 k" in text and "1.18 times the tokens of its control" in text
     assert "still going" not in text
+
+
+def test_the_control_is_named_wherever_it_stands_and_nothing_else_is_called_one(tmp_path: Path) -> None:
+    grpo = write_run(tmp_path / "grpo", arm="grpo", steps=6, end=0.5)
+    other = write_run(tmp_path / "other", steps=6, end=0.6)
+    assert "above its control" in page_of(grpo, other).text
+    third = write_run(tmp_path / "third", arm="paper", steps=6, end=0.5)
+    text = page_of(other, third).text
+    assert "above paper" in text and "its control" not in text
+
+
+def test_runs_of_an_arm_under_other_settings_are_no_seeds_of_it(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"r{i}", seed=i, steps=6) for i in range(3)]
+    config = folders[2] / "config.toml"
+    config.write_text(config.read_text() + "[learner]\nlr = 0.1\n")
+    arms = group_arms(read_runs(folders))
+    assert [(arm.name, len(arm.runs)) for arm in arms] == [
+        ("internalize", 2), ("internalize · settings 2", 1)
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_still_going_is_in_no_pair(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / f"{arm}{s}", arm=arm, seed=s, steps=6, finished=(arm, s) != ("internalize", 1))
+        for arm in ("internalize", "grpo")
+        for s in range(2)
+    ]
+    arm, base = group_arms(read_runs(folders))
+    assert len(_paired(arm, base)) == 1
 
 
 def test_a_run_that_is_still_going_makes_a_page_that_says_so(tmp_path: Path) -> None:
@@ -142,10 +173,16 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     shown = {record["question"] for record in data["rollouts"]}
     for text in HOSTILE:
         assert any(text in question for question in shown)
+    arm = write_run(tmp_path / "arm", steps=3, arm=HOSTILE[1])
+    page = page_of(arm)
     labels = [
-        t["name"] for chart in data["charts"] for view in chart["views"].values() for t in view if "name" in t
+        t["name"]
+        for chart in json.loads(page.scripts[0])["charts"]
+        for view in chart["views"].values()
+        for t in view
+        if "name" in t
     ]
-    assert labels and not any("<" in unescape(label) and "&lt;" not in label for label in labels)
+    assert any("&lt;script" in label for label in labels) and not any("<script" in label for label in labels)
 
 
 def test_the_cap_is_said_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

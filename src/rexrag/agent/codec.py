@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,13 @@ class HFCodec:
     def eos_ids(self) -> frozenset[int]:
         """Ids that end a turn: the tokenizer's eos, those of the generation config, the chat template's."""
         return self._eos_ids
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of what prompts and turns depend on: vocabulary and rules, chat template, end tokens."""
+        template = str(self.tokenizer.chat_template)
+        parts = [self.tokenizer.backend_tokenizer.to_str(), template, str(sorted(self._eos_ids))]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with no special tokens added."""
@@ -99,17 +108,30 @@ def load_codec(path_or_id: str | Path) -> HFCodec:
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{path_or_id}: no usable tokenizer: {reason[:200]}") from None
-    return HFCodec(tokenizer, _generation_eos(folder))
+    return HFCodec(tokenizer, _generation_eos(_generation_config(str(path_or_id))))
 
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
-def _generation_eos(folder: Path) -> list[int]:
-    """`eos_token_id` of a local `generation_config.json`, one or several; none without that file."""
-    file = folder / "generation_config.json"
-    if not file.is_file():
+def _generation_config(path_or_id: str) -> Path | None:
+    """The model's `generation_config.json`, in its folder or in the hub's cache; None where there is none."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        path_or_id,
+        "generation_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
+
+
+def _generation_eos(file: Path | None) -> list[int]:
+    """Its `eos_token_id`, one or several; none without a file."""
+    if file is None:
         return []
     try:
         value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")

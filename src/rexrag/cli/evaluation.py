@@ -42,7 +42,7 @@ def evaluate(
         float | None, typer.Option(help="Default 0 (greedy); with --votes the agent's.", min=0.0)
     ] = None,
     seed: Annotated[int, typer.Option(help="Of samples, votes and cues.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder; default runs/eval/<policy>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default runs/eval/<policy>-<digest>.")] = None,
     against: Annotated[
         list[Path] | None, typer.Option(help="Another evaluation's folder, for a paired test; repeatable.")
     ] = None,
@@ -87,11 +87,7 @@ def evaluate(
     if show is not None:
         result = _shown(show, against or [])
     else:
-        searched = {"data.corpus": corpus, "retriever.index": index, "retriever.url": retriever}
-        overrides = [
-            f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in searched.items() if value
-        ]
-        overrides += ["retriever.kind=remote"] if retriever else []
+        overrides = _searched(corpus, index, retriever)
         progress = EvalProgress(console)
         try:
             result = _run(
@@ -144,16 +140,33 @@ def _run(
     from rexrag.evaluation.published import check_vouched
     from rexrag.evaluation.runner import Options, run
 
-    check_vouched(options["vouch"])
     settings = resolve_config(policy, config, overrides)
+    check_vouched(options["vouch"], settings.retriever)
     source = open_policy(policy, settings.policy, EndpointOptions(**endpoint))
     if is_endpoint(policy):  # a batch ends with its slowest rollout, so it holds several rounds of them
         options["batch"] = max(options["batch"], 4 * endpoint["concurrency"])
     try:
-        plan = make_plan(source, settings, Choices(**choices), out or Path("runs/eval") / _slug(source.name))
+        where = out or Path("runs/eval") / f"{_slug(source.name)}-{source.digest[:8]}"
+        plan = make_plan(source, settings, Choices(**choices), where)
         return run(plan, Options(**options), progress) | {"out": str(plan.out)}
     finally:
         source.close()
+
+
+def _searched(corpus: str, index: str, retriever: str) -> list[str]:
+    """What --corpus, --index and --retriever say, as overrides of the configuration."""
+    from rexrag.errors import ConfigError
+    from rexrag.retrieval.index import read_manifest
+
+    if index and retriever:
+        raise ConfigError("--index and --retriever: only one of them would be asked; give that one")
+    chosen = {"data.corpus": corpus} if corpus else {}
+    if index:
+        kind = read_manifest(index)["kind"]
+        chosen |= {"retriever.kind": kind, "retriever.index": index, "retriever.url": ""}
+    if retriever:
+        chosen |= {"retriever.kind": "remote", "retriever.url": retriever}
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in chosen.items()]
 
 
 def _shown(folder: Path, against: list[Path]) -> dict[str, Any]:
@@ -169,6 +182,6 @@ def _names(text: str) -> list[str]:
 
 
 def _slug(name: str) -> str:
-    """A folder name that tells policies apart: the last parts of a path or id."""
+    """A readable folder name: the last parts of a path or id."""
     tail = "-".join(Path(name).parts[-3:])
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in tail).strip("-.")[:80] or "policy"

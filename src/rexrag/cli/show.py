@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 from rexrag.config import Config
+from rexrag.intervals import differs
 from rexrag.io import printable
 
 QUIET_SECONDS = 10.0
@@ -145,13 +146,19 @@ class BuildProgress:
 
 
 def format_interval(value: dict[str, float]) -> str:
-    """`.412 [.356, .468]`."""
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]".replace("0.", ".")
+    """`.412 [.356, .468]`; without an interval where there is no spread."""
+    shown = f"{value['value']:.3f}"
+    if value["low"] < value["high"]:
+        shown += f" [{value['low']:.3f}, {value['high']:.3f}]"
+    return shown.replace("0.", ".")
 
 
 def format_points(value: dict[str, float]) -> str:
-    """`+35.1 [+29.1, +41.1]`."""
-    return f"{100 * value['value']:+.1f} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+    """`+35.1 [+29.1, +41.1]`; without an interval where there is no spread."""
+    shown = f"{100 * value['value']:+.1f}"
+    if value["low"] < value["high"]:
+        shown += f" [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+    return shown
 
 
 def table(
@@ -205,13 +212,13 @@ MEASURES = {
 
 
 def comparison_table(result: dict[str, Any]) -> Table:
-    """Arms with their paired difference to the control; a star where its interval excludes 0."""
+    """Arms with their paired difference to the control; a star where `intervals.differs`."""
     rows = []
     for arm, figures in result["arms"].items():
         shown = [name for name in MEASURES if name in figures]
         for name in shown:
             gap = figures.get(f"{name}_difference")
-            star = "*" if gap and (gap["low"] > 0 or gap["high"] < 0) else ""
+            star = "*" if gap and differs(gap) else ""
             rows.append(
                 (
                     arm if name == shown[0] else "",

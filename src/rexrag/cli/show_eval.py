@@ -13,6 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rexrag.cli.show import QUIET_SECONDS, format_interval, format_points, live_line, table
 from rexrag.data.benchmarks import BENCHMARKS
 from rexrag.evaluation.plan import Cell
+from rexrag.intervals import differs
 from rexrag.io import printable
 
 PUBLISHED_TITLES = {**{name: known.title for name, known in BENCHMARKS.items()}, "macro": "Avg"}
@@ -142,7 +143,7 @@ def _differences(result: dict[str, Any], pair: tuple[str, str, str]) -> Any:
         if (row["way"], row["against"], row["other"]) != pair:
             continue
         em = row["em"]
-        star = " *" if em["low"] > 0 or em["high"] < 0 else ""
+        star = " *" if differs(em) else ""
         known = result["sets"].get(row["set"])
         rows.append(
             (
@@ -157,7 +158,7 @@ def _differences(result: dict[str, Any], pair: tuple[str, str, str]) -> Any:
     name = other if against == other else f"{other} of {against}"
     columns = ("set", "n", "EM in points [95 %]", "p", "+ / -", "F1 points")
     return table(
-        f"{way} minus {name}, paired by question (*: interval without 0)", columns, rows, narrow=True
+        f"{way} minus {name}, paired by question (*: interval without 0, p ≤ .05)", columns, rows, narrow=True
     )
 
 

@@ -39,8 +39,11 @@ def ask(
       rexrag ask "…" --policy runs/quickstart --set data.world_seed=7
     """
     from rexrag.ask import ask as run
-    from rexrag.evaluation.policies import resolve_config
+    from rexrag.errors import ConfigError
+    from rexrag.evaluation.policies import is_endpoint, resolve_config
 
+    if is_endpoint(policy):
+        raise ConfigError(f"--policy {policy}: rexrag ask runs local weights; rexrag eval takes an endpoint")
     rollout = run(question, resolve_config(policy, config, override or []), temperature, seed)
     print(printable(f"\nanswer: {rollout.answer if rollout.answer is not None else '(none)'}"))
 

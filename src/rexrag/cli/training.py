@@ -11,8 +11,11 @@ from rich.console import Console
 
 from rexrag import presets
 from rexrag.config import ENDLESS, Config
-from rexrag.config_io import load_config
+from rexrag.config_io import dump_toml, load_config
+from rexrag.errors import ConfigError
+from rexrag.io import write_text
 from rexrag.runs import clear_unsaved, free_folder, has_checkpoint
+from rexrag.tracking import CONTROL
 
 ConfigArgument = Annotated[
     str | None, typer.Argument(help="A TOML file or the name of a shipped config; none: the quickstart.")
@@ -20,8 +23,13 @@ ConfigArgument = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. --set method.kl=0.001")
 ]
+Part = tuple[str, Config, Path]
+"""Label, settings and folder of one of the runs of a command: the run itself, or its control."""
+CONTROL_SETTINGS = "control.toml"
 Summary = tuple[str, dict[str, Any]]
 """Label of a run, and its `summary.json`."""
+SEEDS_TO_TELL = 6
+"""Of 2⁵ ways to flip signs of five pairs two are as extreme as all alike: p is .0625 at least."""
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -60,16 +68,25 @@ def train(
     if resume:
         if out is None:
             raise typer.BadParameter("--resume needs the run folder: --out DIR")
+        if config is not None:
+            raise ConfigError(
+                f"--resume goes on with {out / 'config.toml'}, not {config}; change it with --set"
+            )
         settings = presets.resolve(out / "config.toml", arm, overrides)
+        control = _kept_control(settings, out, overrides)
     else:
         settings = presets.resolve(config, arm or ("" if config else presets.DEFAULT_ARM), overrides)
+        control = _control(config, settings, overrides)
     if dry_run:
         _show_dry_run(settings, as_json)
         return
     folder = out or free_folder(settings.name)
     console = stdout()
     console.quiet = as_json
-    summaries = _run_parts(settings, folder, resume, console)
+    parts = [(settings.arm or settings.name, settings, folder)]
+    if control is not None:
+        parts.append((settings.train.control, control, folder / CONTROL))
+    summaries = _run_parts(parts, resume, console)
     page = write_report([folder], folder / "report.html")
     if as_json:
         print(json.dumps(dict(summaries) | {"report": str(page)}))
@@ -95,14 +112,15 @@ def _show_dry_run(settings: Config, as_json: bool) -> None:
         stdout().print(shown)
 
 
-def _run_parts(settings: Config, folder: Path, resume: bool, console: Console) -> list[Summary]:
+def _run_parts(parts: list[Part], resume: bool, console: Console) -> list[Summary]:
     """Train the run and its control; a resume skips what is over and begins again what saved nothing."""
     from rexrag.cli.show import RunProgress
     from rexrag.tracking import Together, open_trackers
     from rexrag.train import train as run
 
     summaries: list[Summary] = []
-    for label, part, where in _parts(settings, folder):
+    (_, settings, folder), *others = parts
+    for label, part, where in parts:
         budget = summaries[0][1]["generated_tokens"] if summaries else 0
         part = part if not budget else _at_budget(part, budget)
         if resume and _is_done(part, where):
@@ -111,7 +129,8 @@ def _run_parts(settings: Config, folder: Path, resume: bool, console: Console) -
         if resume:
             clear_unsaved(where)
         progress = RunProgress(console, label)
-        observers = Together([progress, *open_trackers(settings.train.track)])
+        kept = [_Kept(control) for _, control, _ in others] if where == folder else []
+        observers = Together([progress, *kept, *open_trackers(settings.train.track)])
         try:
             summary = run(part, where, resume=resume and has_checkpoint(where), observer=observers)
         except KeyboardInterrupt:
@@ -129,7 +148,7 @@ def _run_parts(settings: Config, folder: Path, resume: bool, console: Console) -
 def compare(
     config: ConfigArgument = None,
     arms: Annotated[str, typer.Option(help="Arms, the control first.")] = "grpo,rex-rag-rescue,rex-rag",
-    seeds: Annotated[int, typer.Option(help="How many seeds, counted from --first-seed.")] = 5,
+    seeds: Annotated[int, typer.Option(help="How many seeds, counted from --first-seed.")] = 6,
     first_seed: Annotated[int, typer.Option(help="The first seed.")] = 1,
     budget: Annotated[
         str,
@@ -150,13 +169,12 @@ def compare(
 
     \b
     Examples:
-      rexrag compare --arms grpo,rex-rag-rescue --seeds 5 --budget tokens --amount 200000
+      rexrag compare --arms grpo,rex-rag-rescue --seeds 10 --budget tokens --amount 200000
       rexrag compare my.toml --arms grpo,my-arm.toml --budget time --amount 600
     """
     from rexrag import experiment, prospects
     from rexrag.cli.show import comparison_table, diagnostics_table, stdout, table
     from rexrag.comparison import Budget
-    from rexrag.errors import ConfigError
     from rexrag.report import write_report
 
     if budget not in experiment.LIMITS:
@@ -171,6 +189,8 @@ def compare(
         f"{len(names)} arms × {seeds} seeds, {amount:g} {budget} each, control {names[0]}: {out}",
         markup=False,
     )
+    if seeds < SEEDS_TO_TELL:
+        console.print(f"{seeds} seeds: no difference can have p ≤ .05; take {SEEDS_TO_TELL} or more")
     ahead = experiment.look_ahead(work, out)
     title = "Before the comparison: what decides it"
     console.print(table(title, ("of the start", "share [95 %]", "n"), prospects.lines(ahead)))
@@ -197,16 +217,37 @@ def report(
     print(write_report(runs, out))
 
 
-def _parts(settings: Config, folder: Path) -> list[tuple[str, Config, Path]]:
-    """The run itself, and its control from the same start where one is configured."""
-    parts = [(settings.arm or settings.name, settings, folder)]
-    if settings.train.control:
-        overlay = presets.arm_overlay(settings.train.control)
-        tree = settings.model_dump(mode="json")
-        tree["train"]["control"] = ""
-        control = presets.overlaid(tree, overlay)
-        parts.append((settings.train.control, control, folder / "control"))
-    return parts
+def _control(config: str | Path | None, settings: Config, overrides: list[str]) -> Config | None:
+    """The run beside: the control's arm over the same base configuration, not over the run's own arm."""
+    if not settings.train.control:
+        return None
+    return presets.resolve(config, settings.train.control, [*overrides, "train.control=''"])
+
+
+def _kept_control(settings: Config, folder: Path, overrides: list[str]) -> Config | None:
+    """What `_Kept` wrote down: a run folder's config.toml has the run's arm in it."""
+    if not settings.train.control:
+        return None
+    kept = folder / CONTROL_SETTINGS
+    if not kept.is_file():
+        raise ConfigError(f"{kept}: no such file; without it the control is unknown: --set train.control=")
+    return presets.resolve(kept, overrides=[*overrides, "train.control=''"])
+
+
+class _Kept:
+    """Writes the control's settings into the run's folder, as soon as there is one: a kill may come next."""
+
+    def __init__(self, control: Config) -> None:
+        self.control = control
+
+    def started(self, config: Config, folder: Path) -> None:
+        write_text(folder / CONTROL_SETTINGS, dump_toml(self.control))
+
+    def evaluated(self, figures: dict[str, Any]) -> None:
+        pass
+
+    def stepped(self, row: dict[str, Any], done: float) -> None:
+        pass
 
 
 def _is_done(part: Config, where: Path) -> bool:

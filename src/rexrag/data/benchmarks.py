@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -18,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rexrag.data.apportion import apportion
-from rexrag.data.questions import READERS, collect_questions, load_questions, questions_digest
+from rexrag.data.questions import READERS, collect_questions, load_questions, questions_digest, rank_questions
 from rexrag.errors import ConfigError, DataError
 from rexrag.types import Question
 
@@ -116,7 +115,7 @@ def sample(whole: QuestionSet, limit: int, seed: int = 0, stratify: bool = False
     questions = whole.questions
     if not limit or limit >= len(questions):
         return whole
-    ranked = sorted(questions, key=lambda question: _rank(seed, question))
+    ranked = rank_questions(questions, seed)
     by_stratum = {"": ranked}
     if stratify:
         by_kind = sorted(ranked, key=stratum)  # stable: ranks stay in order within a stratum
@@ -238,7 +237,3 @@ def whole_set(name: str, questions: list[Question], source: str) -> QuestionSet:
         raise DataError("no questions; expected at least one", file=source)
     digest = questions_digest(questions)
     return QuestionSet(name, questions[0].split, questions, source, {"": len(questions)}, digest)
-
-
-def _rank(seed: int, question: Question) -> bytes:
-    return hashlib.sha256(f"{seed}/{question.group}".encode()).digest()

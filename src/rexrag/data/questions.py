@@ -11,6 +11,7 @@ Two kinds of row are known, in `.jsonl` or `.parquet`, told apart by their field
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -65,6 +66,17 @@ def collect_questions(where: str | Path, rows: Iterable[Row], source: str, split
     if not questions:
         raise DataError("no questions; expected at least one row", file=where)
     return list(questions.values())
+
+
+def rank_questions(questions: Iterable[Question], seed: int) -> list[Question]:
+    """In an order that depends on `seed` and each question's group alone, not on the file's order."""
+    return sorted(questions, key=lambda q: hashlib.sha256(f"{seed}/{q.group}".encode()).digest())
+
+
+def draw_questions(questions: Sequence[Question], limit: int, seed: int = 0) -> list[Question]:
+    """At most `limit` questions, drawn without replacement, in their old order."""
+    chosen = {question.group for question in rank_questions(questions, seed)[:limit]}
+    return [question for question in questions if question.group in chosen]
 
 
 def parse_question(

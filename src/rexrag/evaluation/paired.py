@@ -54,10 +54,12 @@ def compare(
     """Rows of differences for every (set, way) that both hold, and a macro average for each way.
 
     A way is compared with the other's same way, else with the same strategy without votes, else with the
-    other's first way. Raises ConfigError where they share no question.
+    other's first way. Raises ConfigError where they share no question; where they do, but all rows failed on
+    one side, there is nothing to say.
     """
     known = list(dict.fromkeys(way for _, way in theirs))
     rows: list[dict[str, Any]] = []
+    met = False
     for way in dict.fromkeys(way for _, way in ours):
         other = next((w for w in (way, way.partition(" ×")[0]) if w in known), known[0] if known else "")
         shared = [name for name, w in ours if w == way and (name, other) in theirs]
@@ -65,6 +67,7 @@ def compare(
         found = []
         for name, pair in zip(shared, pairs, strict=True):
             _refuse_other_questions(label, name, *pair)
+            met = met or not pair[0].keys().isdisjoint(pair[1])
             values = {score: difference(*pair, score) for score in SCORES}
             if values["em"] is not None:
                 found.append({"set": name, "way": way, "against": label, "other": other, **values})
@@ -72,7 +75,7 @@ def compare(
             values = {score: macro_difference(pairs, score) for score in SCORES}
             found.append({"set": "macro", "way": way, "against": label, "other": other, **values})
         rows += found
-    if not rows:
+    if not met and any(ours.values()) and any(theirs.values()):
         raise ConfigError(f"{label}: shares no question with this evaluation, so nothing can be compared")
     return rows
 
@@ -93,7 +96,12 @@ def load_evaluation(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str],
     file = folder / "eval.json"
     try:
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return result, {(c["set"], c["way"]): read_records(folder / c["folder"]) for c in result["cells"]}
+        rows = {(c["set"], c["way"]): read_records(folder / c["folder"]) for c in result["cells"]}
+        for (name, _), table in rows.items():
+            asked = result["sets"][name].get("asked")  # of a sample: another one may have left rows here too
+            for group in [] if asked is None else table.keys() - set(asked):
+                del table[group]
+        return result, rows
     except FileNotFoundError:
         raise ConfigError(f"{folder}: no evaluation here (it has no eval.json)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

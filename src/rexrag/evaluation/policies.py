@@ -48,7 +48,7 @@ def resolve_config(policy: str, config: str | None, overrides: Sequence[str]) ->
     path = _weights(policy) if policy and not is_endpoint(policy) else ""
     named = [f"policy.path={_quoted(path)}"] if path else []
     run = _run_config(policy)
-    if config or not policy or policy.startswith("embedded"):
+    if config or not policy or _is_embedded(policy):
         return presets.resolve(config, "", [*named, *overrides])
     if run is not None:
         return presets.resolve(run, "", [*named, *overrides])
@@ -81,6 +81,12 @@ def open_policy(policy: str, config: PolicyConfig, options: EndpointOptions) -> 
     source = resolve(config.path)
     name = digest(config.dtype, *identity(source))
     return PolicySource(config.path, name, lambda: load_policy(config))
+
+
+def _is_embedded(policy: str) -> bool:
+    from rexrag.engine.local.loading import EMBEDDED
+
+    return policy in EMBEDDED
 
 
 def _weights(policy: str) -> str:

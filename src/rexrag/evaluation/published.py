@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from rexrag.config import AgentConfig, Config
+from rexrag.config import AgentConfig, Config, RetrieverConfig
 from rexrag.data.benchmarks import BENCHMARKS, QuestionSet
 from rexrag.errors import ConfigError
 from rexrag.retrieval.base import Retriever
@@ -40,10 +40,14 @@ BUDGET: Mapping[str, int] = MappingProxyType(
 TOPK = 3
 
 
-def check_vouched(name: str) -> None:
-    """Raises ConfigError for anything but nothing and VOUCHED."""
+def check_vouched(name: str, retriever: RetrieverConfig) -> None:
+    """Raises ConfigError for anything but nothing, and VOUCHED of what cannot be looked at from here."""
     if name not in ("", VOUCHED):
         raise ConfigError(f"--vouch {name}: the only known set-up is {VOUCHED}")
+    if name and retriever.kind != "remote":
+        raise ConfigError(
+            f"--vouch {name}: for a remote retriever only; a '{retriever.kind}' one is looked at"
+        )
 
 
 def obstacles(config: Config, retriever: Retriever, vouched: str = "") -> list[str]:
@@ -72,10 +76,9 @@ def cell_obstacles(chosen: QuestionSet, strategy: str, votes: int, temperature: 
 
 
 def _search_obstacles(config: Config, retriever: Retriever, vouched: str) -> list[str]:
-    if vouched == VOUCHED:
-        return []
     if config.retriever.kind == "remote":
-        return [f"what is behind {config.retriever.url} cannot be seen from here (see --vouch {VOUCHED})"]
+        unseen = f"what is behind {config.retriever.url} cannot be seen from here (see --vouch {VOUCHED})"
+        return [] if vouched == VOUCHED else [unseen]
     documents = len(getattr(retriever, "documents", ()))
     found = []
     if documents != CORPUS_SIZE:

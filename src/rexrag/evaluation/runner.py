@@ -260,6 +260,7 @@ def _set_facts(plan: Plan, name: str) -> dict[str, Any]:
         "digest": chosen.digest,
         "questions": len(chosen.questions),
         "whole": chosen.whole,
+        "asked": [q.group for q in chosen.questions] if len(chosen.questions) < chosen.whole else None,
         "strata": dict(chosen.strata) if chosen.stratified else None,
     }
 
@@ -284,8 +285,7 @@ def _paired(
     if len(ways) > 1:
         first = {(name, way): table for (name, way), table in own.items() if way == ways[0]}
         rest = {(name, way): table for (name, way), table in own.items() if way != ways[0]}
-        if any(row["failure"] == "" for table in rest.values() for row in table.values()):
-            found += compare(rest, first, ways[0])
+        found += compare(rest, first, ways[0])
     return found
 
 

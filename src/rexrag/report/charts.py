@@ -13,7 +13,6 @@ from typing import Any
 
 from rexrag.report.read import Evaluation, Run
 from rexrag.report.series import (
-    CONTROL_STYLE,
     Arm,
     Points,
     aligned,
@@ -157,7 +156,7 @@ def _by_arm(arms: Sequence[Arm], width: int, key: str, **more: Any) -> list[Trac
     """Every run thin, each arm's mean thick."""
     traces = []
     for arm in arms:
-        dash = {"dash": "dash"} if arm.color == CONTROL_STYLE[0] else {}
+        dash = {"dash": "dash"} if arm.is_control else {}
         traces += [_line(series(run, key), arm.color, **more) for run in arm.runs]
         traces.append(_line(mean_series(arm.runs, key, width), arm.color, arm.name, line=dash, **more))
     return _filled(traces)

@@ -7,7 +7,7 @@ from html import escape
 from statistics import fmean
 
 from rexrag.report.read import Estimate, Evaluation, Run, number
-from rexrag.report.series import CONTROL_STYLE, SYMBOLS, Arm, mean_interval
+from rexrag.report.series import SYMBOLS, Arm, mean_interval
 from rexrag.report.words import NONE, compact, duration, interval, points, signed, small, table
 
 GLYPHS = dict(zip(("circle-open", *SYMBOLS), "○●◆■▲✚✖", strict=True))
@@ -16,13 +16,13 @@ GLYPHS = dict(zip(("circle-open", *SYMBOLS), "○●◆■▲✚✖", strict=Tru
 
 def headline(arms: Sequence[Arm]) -> str:
     """Title, the sentence that matters, the cards and a table with one row a run."""
-    lead = arms[0]
+    lead = next((arm for arm in arms if not arm.is_control), arms[0])
     runs = [run for arm in arms for run in arm.runs]
     first = lead.runs[0]
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
     plural = "s" if "," in seeds else ""
     single = len(arms) <= 2 and all(len(arm.runs) == 1 for arm in arms)
-    against = arms[1] if single and len(arms) == 2 else None
+    against = next(arm for arm in arms if arm is not lead) if single and len(arms) == 2 else None
     return "\n".join(
         [
             '<p class="kicker">rexrag · training report</p>',
@@ -31,7 +31,7 @@ def headline(arms: Sequence[Arm]) -> str:
             _notes(runs),
             _hero(first, against) if single else "",
             _run_table(arms) if len(runs) > 1 else "",
-            _comparison_note(first, against.runs[0]) if against else "",
+            _comparison_note(first, against) if against else "",
         ]
     )
 
@@ -149,7 +149,7 @@ def _run_table(arms: Sequence[Arm]) -> str:
 
 def _arm_table(arms: Sequence[Arm], scale: float) -> str:
     """Each arm's mean over its seeds, and its difference to the control at the seeds both have."""
-    base = next((arm for arm in arms if arm.color == CONTROL_STYLE[0]), None)
+    base = next((arm for arm in arms if arm.is_control), None)
     axis = f"EM, 0 to {100 * scale:.0f}"
     head = ["Arm", "Seeds", "EM before", "EM after", "Rise", axis, "Generated tokens", "Wall time"]
     if base:
@@ -185,7 +185,7 @@ def _cell(estimate: Estimate | None, tag: str = "span") -> str:
 
 def _paired(arm: Arm, base: Arm) -> list[float]:
     """Differences of the last held-out scores, one for each seed that both arms finished."""
-    ends = [{run.seed: run.held_out()[1] for run in some.runs} for some in (arm, base)]
+    ends = [{run.seed: run.held_out()[1] for run in some.runs if run.finished} for some in (arm, base)]
     ours, theirs = ({seed: end.value for seed, end in some.items() if end} for some in ends)
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
@@ -218,20 +218,22 @@ def _track(arm: Arm, before: Estimate | None, after: Estimate | None, scale: flo
     return f"{opening}{''.join(parts)}</span>"
 
 
-def _comparison_note(run: Run, control: Run) -> str:
+def _comparison_note(run: Run, against: Arm) -> str:
     """What may and may not be read from the pair."""
+    control = against.runs[0]
+    name = "its control" if against.is_control else escape(against.name)
     after, other = run.held_out()[1], control.held_out()[1]
     if after is None or other is None:
         return ""
     gap = 100 * (after.value - other.value)
     verb, side = "ends" if run.finished else "stands", "above" if gap >= 0 else "below"
-    parts = [f"The run {verb} {abs(gap):.1f} points {side} its control."]
+    parts = [f"The run {verb} {abs(gap):.1f} points {side} {name}."]
     if None not in (after.low, after.high, other.low, other.high):
         overlap = (after.low or 0) <= (other.high or 0) and (other.low or 0) <= (after.high or 0)
         parts.append("Their 95 % intervals overlap." if overlap else "Their 95 % intervals do not overlap.")
     ours, theirs = run.spent("generated_tokens"), control.spent("generated_tokens")
     if ours and theirs:
-        parts.append(f"It generated {ours / theirs:.2f} times the control's tokens.")
+        parts.append(f"It generated {ours / theirs:.2f} times the tokens of {name}.")
         parts.append(
             "The first chart compares them at equal tokens." if abs(ours / theirs - 1) > 0.05 else ""
         )

@@ -25,7 +25,7 @@ from rexrag.report.charts import Chart, make_charts
 from rexrag.report.headline import evaluation_table, headline
 from rexrag.report.read import Run, read_runs
 from rexrag.report.rollouts import CAP, Chosen, choose_rollouts
-from rexrag.report.series import CONTROL_STYLE, Arm, group_arms
+from rexrag.report.series import Arm, group_arms
 from rexrag.report.words import compact
 
 
@@ -132,7 +132,7 @@ def _curves(arms: Sequence[Arm], charts: Sequence[Chart], empty: Sequence[str], 
     detailed = [arm.name for arm in arms if any(chart.views.get(arm.name) for chart in charts)]
     choose = ""
     if len(detailed) > 1:
-        trained = [arm.name for arm in arms if arm.color != CONTROL_STYLE[0] and arm.name in detailed]
+        trained = [arm.name for arm in arms if not arm.is_control and arm.name in detailed]
         first = (trained or detailed)[0]
         options = "".join(
             f"<option{' selected' if name == first else ''}>{escape(name)}</option>" for name in detailed

@@ -159,7 +159,7 @@ list.addEventListener("keydown", (event) => {
 // ---- one rollout: what it shares with its parent, then the parent's dead end beside the probe's branch
 
 const TAG = /(<\/?(?:think|search|answer|information)>)/;
-const TITLE = /doc \d+\s*\(title:\s*(?:"\s*([^"\n]*?)\s*"|([^)\n]*?))\s*\)/gi;
+const TITLE = /doc \d+ ?\(title: ?(?:"([^"\n]*)" ?|([^)\n]*))\)/gi; // of text whose runs of spaces are one
 
 function prose(segment, struck) {
   const parts = segment.text.trim().split(TAG).map((part) => (TAG.test(part) ? el("span", {class: "markup"}, part) : part));
@@ -179,7 +179,7 @@ function piece(segment, struck = false) {
   const box = `seg ${segment.origin}`;
   if (segment.origin !== "evidence")
     return el("div", {class: box}, el("div", {class: "row"}, tag, figures(segment)), prose(segment, struck));
-  const titles = [...segment.text.matchAll(TITLE)].map((found) => found[1] || found[2]);
+  const titles = [...segment.text.replace(/[^\S\n]+/g, " ").matchAll(TITLE)].map((found) => (found[1] || found[2] || "").trim());
   return el("details", {class: box},
     el("summary", {}, tag, " ", titles.join(" \u00b7 ") || "no title"), prose(segment, false));
 }

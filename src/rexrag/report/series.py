@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,25 +29,42 @@ class Arm:
     symbol: str
     runs: Sequence[Run]
 
+    @property
+    def is_control(self) -> bool:
+        return (self.color, self.symbol) == CONTROL_STYLE
+
 
 def group_arms(runs: Sequence[Run], baseline: str = "grpo") -> list[Arm]:
-    """Runs by arm, in order of appearance. A control of the same name as its run's arm is kept apart.
+    """Runs by arm, in order of appearance: those of one arm differ by seed alone.
+
+    A control of the same name as its run's arm is kept apart, and so are runs of an arm under other settings.
 
     baseline: the arm that others are compared with, where several were trained.
     """
     trained = {run.arm for run in runs if not run.control}
-    members: dict[str, list[Run]] = {}
+    members: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         owner = next((r.arm for r in runs if not r.control and r.folder == run.folder.parent), None)
         twin = run.control and run.arm == owner
-        members.setdefault(f"{run.arm} (control)" if twin else run.arm, []).append(run)
+        members.setdefault((f"{run.arm} (control)" if twin else run.arm, _settings(run)), []).append(run)
     colors = iter([c for _ in members for c in zip(ARM_COLORS, SYMBOLS, strict=True)])
-    arms = []
-    for name, group in members.items():
+    arms: list[Arm] = []
+    for (name, _), group in members.items():
         control = any(run.control for run in group) or (name == baseline and len(trained) > 1)
         color, symbol = CONTROL_STYLE if control else next(colors)
-        arms.append(Arm(name, color, symbol, group))
+        earlier = sum(arm.name.partition(" · ")[0] == name for arm in arms)
+        arms.append(Arm(f"{name} · settings {earlier + 1}" if earlier else name, color, symbol, group))
     return arms
+
+
+def _settings(run: Run) -> str:
+    """What runs of one arm share; a seed may make a world of its own."""
+    data = dict(run.config.get("data", {}))
+    if not data.get("train"):
+        data.pop("world_seed", None)
+    sections = {name: run.config.get(name) for name in ("policy", "retriever", "agent", "method", "learner")}
+    questions = run.config.get("train", {}).get("questions")
+    return json.dumps([data, sections, questions], sort_keys=True, default=str)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:

@@ -40,6 +40,11 @@ def make_retriever(
             raise ConfigError("retriever.url is empty; retriever.kind = 'remote' needs a /retrieve address")
         return RemoteRetriever(config.url, timeout=config.timeout, retries=config.retries)
 
+    if config.url:
+        raise ConfigError(
+            f"retriever.url = '{config.url}', but retriever.kind = '{config.kind}' does not use it; "
+            "set retriever.kind = 'remote', or leave the address out"
+        )
     from rexrag.retrieval.bm25 import BM25Retriever
     from rexrag.retrieval.corpus import documents_digest, read_corpus
     from rexrag.retrieval.index import load_index, read_manifest

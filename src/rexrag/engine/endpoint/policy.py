@@ -39,8 +39,9 @@ class EndpointPolicy:
 
     @property
     def digest(self) -> str:
-        """Identity of address and model name; what weights stand behind them cannot be known from here."""
-        return hashlib.sha256(f"endpoint {self.client.url} {self.client.model}".encode()).hexdigest()
+        """Identity of address, model name and tokenizer; what weights stand behind is not known from here."""
+        parts = ["endpoint", self.client.url, self.client.model, getattr(self._codec, "digest", "")]
+        return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
 
     def session(self) -> EndpointSession:
         return EndpointSession(self)

@@ -90,8 +90,9 @@ class PackedPlan:
     masks: Masks = field(default_factory=Masks)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
-        if torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
-            # The CPU kernel's backward pass is up to twice as slow in bfloat16 as in float32.
+        if torch.is_autocast_enabled("cpu"):
+            # The CPU kernel's backward pass is up to twice as slow in bfloat16 as in float32; and where there
+            # is none, scores have to be those that training starts from.
             with torch.autocast("cpu", enabled=False):
                 return self._attend(query.float(), key.float(), value.float(), heads)
         return self._attend(query, key, value, heads)

@@ -22,8 +22,12 @@ class LocalPolicy:
     A policy built around the learner's own model sees every update at once.
     """
 
-    def __init__(self, model: nn.Module, codec: Codec, saved_bytes: int = SAVED_BYTES) -> None:
+    def __init__(
+        self, model: nn.Module, codec: Codec, saved_bytes: int = SAVED_BYTES, autocast: bool = False
+    ) -> None:
+        """autocast: `score` under bfloat16 autocast, as a learner with autocast sees the rows."""
         self.model = model.eval()
+        self._autocast = autocast
         self._codec = codec
         self._shape = CacheShape.of(model)
         self._saved_bytes = saved_bytes
@@ -40,7 +44,8 @@ class LocalPolicy:
         """See `engine.base.Policy.score`. Packed, without padding; temperature 0 scores at 1."""
         scores = [torch.zeros(0)] * len(rows)
         for pack in pack_rows(rows, range(len(rows)), SCORE_TOKENS):
-            logps = pack.logps(self.model, temperature).cpu()
+            with torch.autocast(self._shape.device.type, torch.bfloat16, enabled=self._autocast):
+                logps = pack.logps(self.model, temperature).cpu()
             start = 0
             for index in pack.rows:
                 stop = start + len(rows[index][1])
