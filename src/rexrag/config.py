@@ -59,7 +59,7 @@ class DataConfig(Model):
     world_questions: Count = 2000
     """Training questions drawn from the world."""
     dev_limit: Count = 300
-    """Questions of a held-out evaluation."""
+    """Questions of a held-out evaluation, drawn from the file (or the embedded world), always the same."""
     fresh_questions: Annotated[int, Field(ge=0)] = 0
     """Embedded world only: this many questions of a second world are asked too, before and after a run."""
 
