@@ -204,7 +204,7 @@ class TrainConfig(Model):
     control: str = ""
     """A second arm trained from the same start and shown beside the first, e.g. `grpo`."""
     track: tuple[Tracker, ...] = ()
-    """Loggers that get the run's numbers too, for example ["tensorboard"]; `pip install 'rexrag[track]'`."""
+    """Loggers that get the run's numbers too, for example ["tensorboard"]; `pip install -e '.[track]'`."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Torch threads; 0 leaves torch's choice."""
 

@@ -25,11 +25,11 @@ NEEDED = (
     "peft",
 )
 OPTIONAL = {
-    "sentence-transformers": ("dense and hybrid retrieval: encoders", "pip install 'rexrag[dense]'"),
-    "faiss-cpu": ("dense and hybrid retrieval: vector search", "pip install 'rexrag[dense]'"),
+    "sentence-transformers": ("dense and hybrid retrieval: encoders", "pip install -e '.[dense]'"),
+    "faiss-cpu": ("dense and hybrid retrieval: vector search", "pip install -e '.[dense]'"),
     "gguf": ("importing GGUF weights", "pip install gguf"),
     "tensorboard": ("logging to TensorBoard", "pip install tensorboard"),
-    "verl": ("engine = 'verl': several GPUs", 'pip install "rexrag[verl]"'),
+    "verl": ("engine = 'verl': several GPUs", 'pip install -e ".[verl]"'),
     "wandb": ("logging to Weights & Biases", "pip install wandb"),
     "trackio": ("logging to Trackio", "pip install trackio"),
 }

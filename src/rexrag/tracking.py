@@ -131,5 +131,5 @@ def _package(name: Tracker, module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise ConfigError(
-            f"train.track: '{name}' is not installed; pip install {PACKAGES[name]}, or 'rexrag[track]'"
+            f"train.track: '{name}' is not installed; pip install {PACKAGES[name]}, or -e '.[track]'"
         ) from None

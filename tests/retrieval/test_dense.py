@@ -17,8 +17,8 @@ from rexrag.retrieval.encoder import known_prefixes
 from rexrag.retrieval.index import MANIFEST, load_index
 from rexrag.retrieval.plan import plan
 
-faiss = pytest.importorskip("faiss", reason="needs the extra: pip install 'rexrag[dense]'")
-pytest.importorskip("sentence_transformers", reason="needs the extra: pip install 'rexrag[dense]'")
+faiss = pytest.importorskip("faiss", reason="needs the extra: pip install -e '.[dense]'")
+pytest.importorskip("sentence_transformers", reason="needs the extra: pip install -e '.[dense]'")
 
 from rexrag.retrieval.dense import (  # noqa: E402 - needs faiss
     DenseOptions,

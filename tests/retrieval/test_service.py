@@ -101,6 +101,8 @@ def test_a_token_guards_retrieve(retriever: BM25Retriever) -> None:
         assert right.json() == {"result": []}
         assert http.get("/health").status_code == 200
         assert http.get("/metrics").status_code == 401
+        forged = http.post("/retrieve", json={"queries": []}, headers={"Host": "x/health?"})
+        assert forged.status_code in (400, 401), "who may ask is not for the client's headers to say"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

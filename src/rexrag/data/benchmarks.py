@@ -225,7 +225,7 @@ def _datasets() -> Any:
         import datasets
     except ImportError:
         raise ConfigError(
-            "a data set of a hub needs the package `datasets`: pip install 'rexrag[hub]'; "
+            "a data set of a hub needs the package `datasets`: pip install -e '.[hub]'; "
             "a folder of files needs nothing"
         ) from None
     return datasets

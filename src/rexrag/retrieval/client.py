@@ -132,11 +132,9 @@ def endpoint(url: str) -> httpx.URL:
 
 
 def pause(attempt: int, asked: float | None, jitter: random.Random) -> float:
-    """Seconds to wait after failed attempt 0, 1, …: doubling, times 0.5 to 1; or what the server asked."""
-    if asked is not None:
-        return min(asked, LONGEST_PAUSE)
-    doubled = FIRST_PAUSE * 2.0 ** min(attempt, 30)
-    return min(doubled, LONGEST_PAUSE) * (0.5 + 0.5 * jitter.random())
+    """Seconds to wait after failed attempt 0, 1, …: doubling, times 0.5 to 1; more where the server asks."""
+    doubled = FIRST_PAUSE * 2.0 ** min(attempt, 30) * (0.5 + 0.5 * jitter.random())
+    return min(max(doubled, asked or 0.0), LONGEST_PAUSE)
 
 
 def may_pass(response: httpx.Response) -> bool:

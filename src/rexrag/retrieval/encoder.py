@@ -28,7 +28,7 @@ PREFIXES: tuple[tuple[str, str, str], ...] = (  # pattern of the name, query pre
 )
 
 
-NEEDED = "dense retrieval needs sentence-transformers and faiss: pip install 'rexrag[dense]'"
+NEEDED = "dense retrieval needs sentence-transformers and faiss: pip install -e '.[dense]'"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 from tests.engine.verl.runs import train
 
 needs_verl = pytest.mark.skipif(
-    importlib.util.find_spec("verl") is None, reason='needs the extra: pip install "rexrag[verl]"'
+    importlib.util.find_spec("verl") is None, reason='needs the extra: pip install -e ".[verl]"'
 )
 
 

@@ -17,8 +17,14 @@ from rexrag.cli import main
 from rexrag.config import Config
 from rexrag.config_io import dump_toml, parse_config
 from rexrag.engine.verl import cost
-from rexrag.engine.verl.checks import check_devices, check_installed, check_retriever, check_settings
-from rexrag.engine.verl.export import export, merge_lora
+from rexrag.engine.verl.checks import (
+    check_attention,
+    check_devices,
+    check_installed,
+    check_retriever,
+    check_settings,
+)
+from rexrag.engine.verl.export import checkpoint_folder, export, merge_lora
 from rexrag.engine.verl.launch import retriever_service, serving
 from rexrag.engine.verl.mapping import TABLE, settings
 from rexrag.engine.verl.records import question_of, question_row, rollout_of, rollout_record
@@ -62,7 +68,7 @@ def absent(name):
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (absent, ["verl, which is not installed", 'pip install "rexrag[verl]"']),
+        (absent, ["verl, which is not installed", 'pip install -e ".[verl]"']),
         (lambda name: {**checks.PINS, "verl": "0.9.2"}[name], ["verl 0.9.2", "0.9.1", "pip install"]),
         (lambda name: {**checks.PINS, "ray": "2.61.0"}[name], ["ray 2.61.0", "2.60.0"]),
     ],
@@ -77,7 +83,7 @@ def test_what_is_installed(monkeypatch, found, words):
 def test_without_verl_train_says_which_command_installs_it(run, monkeypatch, tmp_path):
     monkeypatch.setattr(checks, "version", absent)
     code, _, err = run("train", "--set", "engine=verl", "--set", "train.control=", "--out", tmp_path / "run")
-    assert code == 2 and len(err.splitlines()) == 1 and 'pip install "rexrag[verl]"' in err
+    assert code == 2 and len(err.splitlines()) == 1 and 'pip install -e ".[verl]"' in err
     assert not (tmp_path / "run").exists()
 
 
@@ -123,6 +129,19 @@ def test_fewer_gpus_than_asked():
         check_devices(configured(), 2)
 
 
+def test_a_gpu_needs_flash_attention_or_another_choice(monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    check_attention(configured(), "cpu")
+    with pytest.raises(ConfigError, match="flash-attn is not installed") as caught:
+        check_attention(configured(), "cuda")
+    assert "\n" not in str(caught.value)
+    key = "+actor_rollout_ref.model.override_config.attn_implementation"
+    tree = {"verl": {"overrides": {key: "sdpa"}}}
+    check_attention(parse_config(tree), "cuda")
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
+    check_attention(configured(), "cuda")
+
+
 def test_a_retriever_that_does_not_answer():
     remote = configured(retriever__kind='"remote"', retriever__url='"http://127.0.0.1:9"').retriever
     with pytest.raises(ConfigError, match=r"retriever.url = 'http://127.0.0.1:9' does not answer"):
@@ -159,6 +178,19 @@ def test_what_the_table_makes_of_our_settings():
     dapo = settings(presets.resolve("qwen2.5-3b-nq-hotpot", "rex-rag-dapo", ["verl.rollout=sglang"]))
     assert dapo[f"{actor}.clip_ratio_high"] == 0.28 and dapo[f"{actor}.use_kl_loss"] is False
     assert dapo["algorithm.filter_groups.enable"] is True and dapo[f"{rollout}.name"] == "sglang"
+
+
+def test_what_depends_on_the_server_and_on_the_steps():
+    window = "actor_rollout_ref.rollout.max_model_len"
+    config = presets.resolve("qwen2.5-3b-nq-hotpot")
+    assert settings(config)[window] == config.agent.total_tokens
+    sglang = presets.resolve("qwen2.5-3b-nq-hotpot", overrides=["verl.rollout=sglang"])
+    assert settings(sglang)[window] == config.agent.total_tokens + 1, "its server keeps a token for itself"
+    lora = settings(presets.resolve("qwen2.5-3b-lora-24gb"))
+    assert lora["actor_rollout_ref.actor.fsdp_config.model_dtype"] == "fp32"
+    for steps, evals in ((1005, 10), (100, 30), (10, 6), (7, 7)):
+        every = settings(configured(train__steps=steps, train__evals=evals))["trainer.test_freq"]
+        assert len({*range(every, steps + 1, every), steps}) <= evals
 
 
 def test_advantages_map_or_are_refused():
@@ -261,6 +293,28 @@ def test_a_lora_is_merged():
     )  # fmt: skip
     assert set(merged) == {"x.weight", "norm.weight"}
     torch.testing.assert_close(merged["x.weight"], weight + 2.0 * up @ down)
+
+
+def test_a_save_that_a_kill_cut_off_is_not_exported(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    def step(number: int, *files: str) -> Path:
+        folder = tmp_path / "checkpoints" / f"global_step_{number}" / "actor" / "huggingface"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        for name in files:
+            save_file({"x": torch.zeros(1)}, folder / name)
+        return folder
+
+    good, late = step(1, "model.safetensors"), step(2, "model.safetensors")
+    assert checkpoint_folder(tmp_path) == late
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
+    assert checkpoint_folder(tmp_path) == good
+    index = {"weight_map": {"a": "model.safetensors", "b": "lost.safetensors"}}
+    (good / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError):
+        checkpoint_folder(tmp_path)
 
 
 def test_exporting_what_is_no_checkpoint(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import httpx
 
@@ -12,7 +13,9 @@ from rexrag.retrieval.client import RemoteRetriever
 
 PINS = {"verl": "0.9.1", "TransferQueue": "0.1.11", "ray": "2.60.0", "tensordict": "0.10.0"}
 """Versions that ran together; verl's extension points move from one release to the next."""
-INSTALL = 'pip install "rexrag[verl]"'
+INSTALL = 'pip install -e ".[verl]"'
+MODEL = "actor_rollout_ref.model"
+ATTENTION = f"{MODEL}.override_config.attn_implementation"
 
 
 def check_installed() -> None:
@@ -80,6 +83,16 @@ def check_devices(config: Config, found: int) -> None:
     asked = config.verl.gpus_per_node
     if found < asked:
         raise ConfigError(f"verl.gpus_per_node = {asked}, but this machine has {found}")
+
+
+def check_attention(config: Config, device: str) -> None:
+    """verl's models run FlashAttention-2 on GPUs, which verl alone does not bring."""
+    chosen = any(key.lstrip("+") == ATTENTION for key in config.verl.overrides)
+    if device == "cuda" and not chosen and find_spec("flash_attn") is None:
+        raise ConfigError(
+            'flash-attn is not installed, and verl runs it: pip install "verl[fsdp]==0.9.1"; or set, in '
+            f"verl.overrides, '+{ATTENTION}' = 'sdpa' and '{MODEL}.use_remove_padding' = false"
+        )
 
 
 def check_retriever(config: RetrieverConfig) -> None:

@@ -146,13 +146,13 @@ def memory(config: Config, shape: Shape) -> Memory:
     verl, gpus = config.verl, config.verl.nodes * config.verl.gpus_per_node
     width = 2 if config.policy.autocast else 4
     rank = config.policy.lora_rank
-    if rank:  # frozen weights in bfloat16; only the adapters have a gradient and moments
+    if rank:  # only the adapters have a gradient and moments
         per_layer = 2 * shape.hidden * shape.head * (shape.heads + shape.kv_heads) / shape.hidden
         adapters = (
             rank * shape.layers * (4 * shape.hidden + per_layer + 3 * shape.hidden + 3 * shape.intermediate)
         )
-        state = (2 * shape.parameters + STATE_BYTES * adapters) / gpus
-        resident = (2 * shape.parameters + 12 * adapters) / gpus
+        state = (4 * shape.parameters + STATE_BYTES * adapters) / gpus
+        resident = (4 * shape.parameters + 12 * adapters) / gpus
     else:
         state = STATE_BYTES * shape.parameters / gpus
         resident = 12 * shape.parameters / gpus

@@ -7,6 +7,7 @@ taken. Its own shards are pickled, and never opened here.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def checkpoint_folder(source: Path) -> Path:
         raise ModelError(f"{source}: no such folder")
     candidates = [source, source / "huggingface", source / "actor" / "huggingface", *_of_run(source)]
     for folder in candidates:
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        if (folder / "config.json").is_file() and _is_whole(folder):
             return folder
     shards = [folder.parent for folder in candidates if any(folder.parent.glob("model_world_size_*.pt"))]
     if shards:
@@ -85,15 +86,29 @@ def checkpoint_folder(source: Path) -> Path:
     raise ModelError(f"{source}: no checkpoint here; expected a run folder or one of its checkpoints")
 
 
+def _is_whole(folder: Path) -> bool:
+    """Weights are there, and every file of them that an index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return all((folder / name).is_file() for name in set(named))
+
+
 def _of_run(run: Path) -> list[Path]:
-    """Model folders of a run's checkpoints, newest first; verl's, then the local engine's."""
+    """Model folders of a run's checkpoints, newest first; verl's, then the local engine's.
+
+    What verl saved after the step that it calls its latest was cut off by a kill.
+    """
     checkpoints = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     numbered = [
         (int(path.name.rsplit("_", 1)[-1].rsplit("-", 1)[-1]), path)
         for path in checkpoints.glob("*step*")
         if path.is_dir() and path.name.startswith(("global_step_", "step-")) and path.name[-1].isdigit()
     ]
-    newest = [path for _, path in sorted(numbered, reverse=True)]
+    latest = checkpoints / "latest_checkpointed_iteration.txt"
+    last = int(latest.read_text(encoding="utf-8")) if latest.is_file() else math.inf
+    newest = [path for step, path in sorted(numbered, reverse=True) if step <= last]
     return [folder for path in newest for folder in (path / "actor" / "huggingface", path)]
 
 

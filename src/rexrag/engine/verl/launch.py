@@ -16,8 +16,14 @@ import uvicorn
 from rexrag.agent.codec import load_codec
 from rexrag.config import Config
 from rexrag.data.questions import questions_digest
-from rexrag.engine.local.loading import resolve
-from rexrag.engine.verl.checks import check_devices, check_installed, check_retriever, check_settings
+from rexrag.engine.local.loading import identity, resolve
+from rexrag.engine.verl.checks import (
+    check_attention,
+    check_devices,
+    check_installed,
+    check_retriever,
+    check_settings,
+)
 from rexrag.engine.verl.cost import check_memory, shape_of
 from rexrag.engine.verl.mapping import MODULES, PLUGIN, compose
 from rexrag.engine.verl.records import STATE_FILE, question_row
@@ -26,7 +32,7 @@ from rexrag.io import atomic_folder, write_json, write_jsonl
 from rexrag.retrieval import make_retriever
 from rexrag.retrieval.base import Retriever
 from rexrag.retrieval.service import create_app, listen
-from rexrag.runs import environment, follow_config, last_row, open_run
+from rexrag.runs import digest, environment, follow_config, last_row, open_run
 from rexrag.setup import Data, check_prompts, load_cues, load_data
 from rexrag.train import COUNTS, Progress, summarise
 from rexrag.types import Question
@@ -43,6 +49,8 @@ def launch(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]
             f"{len(data.train)} training questions, train.questions = {config.train.questions}: "
             "expected at least as many questions as a step asks"
         )
+    if not data.dev:  # verl wants a file of questions all the same; nothing may be called held-out then
+        config = config.model_copy(update={"train": config.train.model_copy(update={"evals": 0})})
     source = resolve(config.policy.path)
     check_memory(config, shape_of(source))
     codec = load_codec(source)
@@ -55,6 +63,7 @@ def launch(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]
     from verl.plugin.platform import get_platform
 
     check_devices(config, get_platform().device_module.device_count())
+    check_attention(config, get_platform().device_name)
     with retriever_service(config, data) as (url, retriever_digest):
         served = config.model_copy(
             update={
@@ -68,6 +77,7 @@ def launch(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]
             "dev": questions_digest(data.dev),
             "retriever": retriever_digest,
             "cues": "none" if cues is None else cues.digest,
+            "model": digest(*identity(source)),
         }
         tree = compose(served, folder, digests, resume)
         open_run(folder, config, resume)

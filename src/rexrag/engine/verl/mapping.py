@@ -77,12 +77,9 @@ TABLE = (
     _from(f"{MODEL}.lora_alpha", "policy.lora_rank", lambda c: int(LORA_SCALE * c.policy.lora_rank) or 16),
     _fixed(f"{MODEL}.trust_remote_code", False),
     _fixed(f"{ACTOR}.strategy", "fsdp2"),
-    # Trained weights are kept in float32, frozen ones under a LoRA in bfloat16.
-    _from(
-        f"{ACTOR}.fsdp_config.model_dtype",
-        "policy.lora_rank",
-        lambda c: "bf16" if c.policy.lora_rank else "fp32",
-    ),
+    # A LoRA's too: verl keeps the adapters in the dtype of the weights below, and in bfloat16 most of the
+    # updates of a small rate would round away.
+    _fixed(f"{ACTOR}.fsdp_config.model_dtype", "fp32"),
     # What the passes run in.
     _from(f"+{ACTOR}.fsdp_config.mixed_precision.param_dtype", "policy.autocast", lambda c: _passes(c)),
     _fixed(f"+{ACTOR}.fsdp_config.mixed_precision.reduce_dtype", "fp32"),
@@ -142,7 +139,12 @@ TABLE = (
     # lengths and memory
     _as_is("data.max_prompt_length", "verl.prompt_tokens"),
     _from("data.max_response_length", "agent.total_tokens", lambda c: c.agent.total_tokens),
-    _as_is(f"{ROLLOUT}.max_model_len", "agent.total_tokens"),
+    # verl's SGLang server keeps one token of the window for itself.
+    _from(
+        f"{ROLLOUT}.max_model_len",
+        "agent.total_tokens",
+        lambda c: c.agent.total_tokens + (c.verl.rollout == "sglang"),
+    ),
     _fixed(f"{ACTOR}.use_dynamic_bsz", True),
     _as_is(f"{ACTOR}.ppo_max_token_len_per_gpu", "verl.tokens_per_gpu"),
     _as_is(f"{ROLLOUT}.log_prob_max_token_len_per_gpu", "verl.tokens_per_gpu"),
@@ -197,8 +199,8 @@ def _estimator(config: Config) -> str:
 
 
 def evaluation_every(config: Config) -> int:
-    """Steps between two held-out evaluations; −1 for none."""
-    return -1 if not config.train.evals else max(1, config.train.steps // config.train.evals)
+    """Steps between two held-out evaluations, so that there are at most `train.evals`; −1 for none."""
+    return -1 if not config.train.evals else -(-config.train.steps // config.train.evals)
 
 
 def settings(config: Config) -> dict[str, Value]:
