@@ -1,4 +1,4 @@
-"""Every run behind the tables of docs/experiments.md: collect them, print the tables.
+"""The runs behind the table of all arms in docs/experiments.md: collect them, print the table.
 
     python benchmarks/arms.py docs/results/hard.jsonl                 # the table of arms
     python benchmarks/arms.py docs/results/hard.jsonl --collect OUT --batch NAME

@@ -72,7 +72,7 @@ def evaluate(
     Examples:
       rexrag eval --policy runs/quickstart                          the run's own held-out questions
       rexrag eval --policy runs/quickstart --strategy agent,reflect,direct --against runs/eval/before
-      rexrag eval --policy Qwen/Qwen2.5-3B --data benchmarks --index wiki18 --limit 500
+      rexrag eval --policy Qwen/Qwen2.5-3B --data FOLDER --index INDEX --limit 500
       rexrag eval --policy http://127.0.0.1:8000/v1 --data RUC-NLPIR/FlashRAG_datasets \\
           --sets nq,hotpotqa --retriever http://127.0.0.1:8001 --vouch wiki18-e5
       rexrag eval --policy models/a --data dev.jsonl --corpus corpus.jsonl --votes 5

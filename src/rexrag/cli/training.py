@@ -76,7 +76,7 @@ def train(
         control = _kept_control(settings, out, overrides)
     else:
         settings = presets.resolve(config, arm or ("" if config else presets.DEFAULT_ARM), overrides)
-        control = _control(config, settings, overrides)
+        settings, control = _control(config, settings, overrides)
     if dry_run:
         _show_dry_run(settings, as_json)
         return
@@ -217,11 +217,18 @@ def report(
     print(write_report(runs, out))
 
 
-def _control(config: str | Path | None, settings: Config, overrides: list[str]) -> Config | None:
-    """The run beside: the control's arm over the same base configuration, not over the run's own arm."""
+def _control(
+    config: str | Path | None, settings: Config, overrides: list[str]
+) -> tuple[Config, Config | None]:
+    """The run, and the one beside it: the control's arm over the same base, not over the run's own arm.
+
+    A run that is its own control goes alone.
+    """
     if not settings.train.control:
-        return None
-    return presets.resolve(config, settings.train.control, [*overrides, "train.control=''"])
+        return settings, None
+    control = presets.resolve(config, settings.train.control, [*overrides, "train.control=''"])
+    alone = settings.model_copy(update={"train": settings.train.model_copy(update={"control": ""})})
+    return (alone, None) if alone == control else (settings, control)
 
 
 def _kept_control(settings: Config, folder: Path, overrides: list[str]) -> Config | None:
