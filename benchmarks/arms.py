@@ -40,17 +40,12 @@ def collect(out: Path, batch: str) -> Rows:
             "batch": batch,
             "arm": arm,
             "seed": seed,
-            **{name: _short(run[name]) for name in KEPT if name in run},
+            # Not rounded: the test by signs counts ties, and rounding would break them.
+            **{name: run[name] for name in KEPT if name in run},
         }
         for arm, row in found["arms"].items()
         for seed, run in zip(found["seeds"], row["runs"], strict=True)
     ]
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_short(one) for one in value]
-    return round(value, 4) if isinstance(value, float) else value
 
 
 def in_points(difference: dict[str, float]) -> str:

@@ -213,16 +213,15 @@ MEASURES = {
 
 def comparison_table(result: dict[str, Any]) -> Table:
     """Arms with their paired difference to the control; a star where `intervals.differs`."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for arm, figures in result["arms"].items():
-        shown = [name for name in MEASURES if name in figures]
-        for name in shown:
+        rows.append((arm, "", "", ""))
+        for name in (name for name in MEASURES if name in figures):
             gap = figures.get(f"{name}_difference")
             star = "*" if gap and differs(gap) else ""
             rows.append(
                 (
-                    arm if name == shown[0] else "",
-                    MEASURES[name],
+                    f"  {MEASURES[name]}",
                     format_interval(figures[name]),
                     format_points(gap) + star if gap else "",
                     f"{gap['p']:.3f}" if gap else "",
@@ -231,7 +230,7 @@ def comparison_table(result: dict[str, Any]) -> Table:
     n = len(result["seeds"])
     budget = f"{result['amount']:g} {result['budget']}"
     title = f"Held-out EM at {budget}, {n} seeds; differences to {result['control']} in points"
-    return table(title, ("arm", "of", "EM", "difference", "p"), rows, narrow=True)
+    return table(title, ("arm", "EM", "difference", "p"), rows, narrow=True)
 
 
 def diagnostics_table(result: dict[str, Any]) -> Table:
@@ -254,6 +253,7 @@ def diagnostics_table(result: dict[str, Any]) -> Table:
         "On the way: groups all wrong, probes right and kept; means over steps and seeds",
         ("arm", *columns),
         rows,
+        narrow=True,
     )
 
 
