@@ -229,16 +229,17 @@ def comparison_table(result: dict[str, Any]) -> Table:
             )
     n = len(result["seeds"])
     budget = f"{result['amount']:g} {result['budget']}"
-    title = f"Held-out EM at {budget}, {n} seeds; differences to {result['control']} in points"
+    title = f"Held-out EM at {budget}, {n} seeds"
+    title += f"\nPoints above {result['control']}; *: interval without 0 and p ≤ .05"
     return table(title, ("arm", "EM", "difference", "p"), rows, narrow=True)
 
 
 def diagnostics_table(result: dict[str, Any]) -> Table:
     """What happened on the way, as means over steps and seeds."""
     columns = {
-        "dead ends": "dead_ends/rate",
-        "all wrong": "groups/all_wrong_before",
-        "after probes": "groups/all_wrong_after",
+        "dead": "dead_ends/rate",
+        "wrong": "groups/all_wrong_before",
+        "after": "groups/all_wrong_after",
         "right": "probes/success",
         "kept": "probes/kept_share",
         "ESS": "ess",
@@ -250,7 +251,7 @@ def diagnostics_table(result: dict[str, Any]) -> Table:
         found = figures["diagnostics"]
         rows.append([arm, *(f"{found[name]:.2f}" if name in found else "–" for name in columns.values())])
     return table(
-        "On the way: groups all wrong, probes right and kept; means over steps and seeds",
+        "On the way: dead ends; groups all wrong, before and after probes; probes right and kept",
         ("arm", *columns),
         rows,
         narrow=True,
