@@ -126,7 +126,7 @@ def test_a_stratified_sample_keeps_the_shares():
 
 def test_a_hub_needs_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"rexrag\[hub\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[hub\]'"):
         load_sets("owner/name")
 
 

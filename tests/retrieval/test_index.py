@@ -130,7 +130,7 @@ def test_a_missing_extra_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "faiss", None)
     monkeypatch.delitem(sys.modules, "rexrag.retrieval.dense", raising=False)
     edit_manifest(folder, lambda m: m.update(kind="dense"))
-    with pytest.raises(ConfigError, match=r"pip install 'rexrag\[dense\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[dense\]'"):
         load_index(folder)
 
 
