@@ -182,6 +182,14 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, fake):
     assert (folder / "metrics.jsonl").exists() and has_checkpoint(folder)
 
 
+def test_a_config_toml_of_ones_own_is_not_written_over(tmp_path, fake):
+    for text in ("[train]\nsteps = 3\n", "[tool.other]\nx = 1\n", "a = ="):
+        (tmp_path / "config.toml").write_text(text)
+        with pytest.raises(RunFolderError, match="is not empty"):
+            train(config(), tmp_path)
+        assert (tmp_path / "config.toml").read_text() == text
+
+
 def test_what_a_kill_left_of_a_save_goes_with_the_next(tmp_path, fake):
     folder = tmp_path / "run"
     train(config("train.steps=2"), folder)

@@ -25,8 +25,8 @@ import zstandard
 
 from rexrag import __version__
 from rexrag.config import Config
-from rexrag.config_io import dump_toml
-from rexrag.errors import CheckpointError, RunFolderError
+from rexrag.config_io import dump_toml, load_config
+from rexrag.errors import CheckpointError, ConfigError, RunFolderError
 from rexrag.io import atomic_folder, json_line, sha256_file, write_json, write_text
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "rollouts.jsonl.zst")
@@ -55,9 +55,14 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def _is_cleared(folder: Path) -> bool:
-    """A run was here that saved nothing, and `clear_unsaved` left its settings."""
-    began = any((folder / name).exists() for name in UNSAVED)
-    return (folder / "config.toml").is_file() and not began and not has_checkpoint(folder)
+    """A run was here that saved nothing, and its settings are left; not somebody's own config.toml."""
+    file = folder / "config.toml"
+    if has_checkpoint(folder) or any((folder / name).exists() for name in UNSAVED) or not file.is_file():
+        return False
+    try:
+        return dump_toml(load_config(file)) == file.read_text(encoding="utf-8")
+    except (ConfigError, UnicodeDecodeError):
+        return False
 
 
 def clear_unsaved(folder: Path) -> None:
