@@ -19,7 +19,7 @@ from torch import nn
 
 from rexrag import presets
 from rexrag.config import Config
-from rexrag.engine.local.loading import EMBEDDED
+from rexrag.engine.local.loading import EMBEDDED, choose_device
 from rexrag.retrieval import make_retriever
 from rexrag.retrieval.base import Retriever
 from rexrag.setup import load_data
@@ -126,28 +126,34 @@ def roofline(size: Size, rows: int, context: float, prefill: float, bandwidth: f
 def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def gemm_flops(dtype: torch.dtype, size: int = 1536, repeats: int = 9) -> float:
+def gemm_flops(dtype: torch.dtype, repeats: int = 9) -> float:
     """Floating-point operations a second of a square matrix product; the best of several."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    device = choose_device("auto")
+    size = 1536 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
-    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(repeats))
+    return float(2 * size**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(repeats)))
 
 
-def memory_bandwidth(megabytes: int = 1024, repeats: int = 7) -> float:
+def memory_bandwidth(repeats: int = 7) -> float:
     """Bytes a second read by a matrix-vector product that no cache holds; the best of several."""
-    matrix = torch.ones(megabytes * (1 << 20) // 4 // 4096, 4096)
-    vector = torch.ones(4096)
+    device = choose_device("auto")
+    rows = 1 << (16 if device.type == "cpu" else 18)
+    matrix, vector = torch.ones(rows, 4096, device=device), torch.ones(4096, device=device)
     torch.mv(matrix, vector)
-    return matrix.nbytes / min(seconds(lambda: torch.mv(matrix, vector)) for _ in range(repeats))
+    return float(matrix.nbytes / min(seconds(lambda: torch.mv(matrix, vector)) for _ in range(repeats)))
 
 
 def machine(dtype: str) -> dict[str, Any]:
     """What ran, and the two measured limits of the roofline."""
     return {
         "cpu": _cpu(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -14,6 +14,7 @@ import torch
 from rexrag.agent.codec import HFCodec
 from rexrag.agent.episode import Episode, State
 from rexrag.agent.protocol import parse_action
+from rexrag.engine.local.loading import choose_device
 from rexrag.retrieval.base import Retriever
 
 STOPS = ["</search>", "</answer>"]
@@ -78,10 +79,10 @@ class Stops:
         self.codec = codec
         self.closing: dict[int, bool] = {}
 
-    def begin(self, length: int, limits: Sequence[int]) -> None:
+    def begin(self, length: int, limits: Sequence[int], device: torch.device) -> None:
         self.length = length
-        self.limits = torch.tensor(limits)
-        self.done = torch.zeros(len(limits), dtype=torch.bool)
+        self.limits = torch.tensor(limits, device=device)
+        self.done = torch.zeros(len(limits), dtype=torch.bool, device=device)
 
     def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.done |= ids.shape[1] - self.length >= self.limits
@@ -104,6 +105,7 @@ class Generate:
         from transformers import AutoModelForCausalLM, StoppingCriteriaList
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
+        self.model.to(choose_device("auto"))
         self.stops, self.read_tokens = Stops(codec), 0
         self.pad = codec.tokenizer.pad_token_id or 0
         eos = sorted(codec.eos_ids)
@@ -116,10 +118,11 @@ class Generate:
 
     def turn(self, rows: Sequence[list[int]], limits: Sequence[int]) -> list[list[int]]:
         length = max(map(len, rows))
-        ids = torch.tensor([[self.pad] * (length - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        device = self.model.device
+        ids = torch.tensor([[self.pad] * (length - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
         self.read_tokens += ids.numel()
-        self.stops.begin(length, limits)
+        self.stops.begin(length, limits, device)
         with torch.inference_mode():
             out = self.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), **self.options
@@ -162,7 +165,7 @@ class TRL:
     def turn(self, rows: Sequence[list[int]], limits: Sequence[int]) -> list[list[int]]:
         length = max(map(len, rows))
         self.read_tokens += length * len(rows)
-        self.stops.begin(length, limits)
+        self.stops.begin(length, limits, torch.device("cpu"))
         self.trainer.generation_config.max_new_tokens = max(limits)
         completions, _ = self.trainer._generate_single_turn(rows, None, {}, 1)
         return [list(row) for row in completions]

@@ -272,6 +272,7 @@ REAL = [
     "train.control=''",
     "train.max_generated=0",
     "train.threads=1",
+    "policy.device=cpu",
     "method.rollouts=3",
     "method.probe_probability=1.0",
     "method.filter=none",

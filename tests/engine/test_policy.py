@@ -62,7 +62,7 @@ def test_a_sampler_in_bfloat16_is_the_model_that_is_loaded_in_bfloat16(folder: P
 
 
 def test_scores_under_autocast_are_what_the_learner_starts_from(folder: Path) -> None:
-    policy, learner = load_engine(parse_config({}, [f"policy.path={folder}", "policy.autocast=true"]))
+    policy, learner = load_engine(config(folder, autocast=True))
     own = LocalPolicy(learner.model, policy.codec, autocast=True)
     rows = [([1, 2, 3], [4 + i % 20 for i in range(60)])]
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,9 +1,13 @@
 """The ranking is BM25 as the formula says, ties are settled, and nothing is found where nothing matches."""
 
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -176,3 +180,17 @@ def test_the_digest_knows_corpus_and_options(documents: list[Document]) -> None:
 def test_it_is_silent(documents: list[Document], capfd: pytest.CaptureFixture[str]) -> None:
     BM25Retriever.build(documents).search(["engine"], 2)
     assert capfd.readouterr() == ("", "")
+
+
+def test_jax_is_not_started_and_can_still_be_imported(tmp_path: Path) -> None:
+    # A jax that says when it is imported; the real one then takes most of a GPU's memory.
+    package = tmp_path / "jax"
+    package.mkdir()
+    (package / "__init__.py").write_text("print('jax starts')")
+    (package / "lax.py").write_text("def top_k(scores, k): ...")
+    code = "import rexrag.retrieval.bm25; print('there'); import jax.lax"
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout.split("\n")) == (0, ["there", "jax starts", ""]), ran.stderr

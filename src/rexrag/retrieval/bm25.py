@@ -9,25 +9,20 @@ Words are the same on both sides: case and accents folded, English stop words an
 
 from __future__ import annotations
 
-import logging
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import bm25s
 import numpy as np
-from bm25s.stopwords import STOPWORDS_EN
 from numpy.typing import NDArray
 
 from rexrag.errors import ConfigError, DataError
 from rexrag.retrieval.base import CorpusRetriever, Hits
+from rexrag.retrieval.bm25s_alone import STOPWORDS_EN, bm25s
 from rexrag.retrieval.corpus import documents_digest
 from rexrag.types import Document
-
-# It sets itself to DEBUG when imported and then reports every index that is built.
-logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 BLOCK = 256
 """Scores whose best one is looked at first: most blocks hold nothing that can be among the k best."""

@@ -20,13 +20,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import bm25s
 import numpy as np
 
 from rexrag.errors import IndexFolderError, ModelError
 from rexrag.io import atomic_folder, sha256_file, write_json
 from rexrag.retrieval.base import CorpusRetriever, Ranker
 from rexrag.retrieval.bm25 import BM25Options, BM25Ranker, BM25Retriever
+from rexrag.retrieval.bm25s_alone import bm25s
 from rexrag.retrieval.documents import StoredDocuments, write_documents
 
 FORMAT = 1
