@@ -15,16 +15,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rexrag.comparison import COMPARED, differences
+from rexrag.comparison import COMPARED, SPENT, differences
 from rexrag.intervals import differs
 from rexrag.io import write_text
 
 Rows = list[dict[str, Any]]
-KEPT = ("em_before", *COMPARED, "steps", "generated_tokens", "spent_tokens", "curve")
+KEPT = ("em_before", *COMPARED, "steps", *SPENT.values(), "curve", "diagnostics")
 SHOWN = {
-    "em": "end",
+    "em_at_budget": "at the budget",
     "em_half": "half way",
     "area": "curve",
+    "em": "end",
     "em_fresh": "fresh world",
     "em_1_hop": "1 hop",
     "em_2_hop": "2 hops",

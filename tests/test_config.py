@@ -83,7 +83,7 @@ PROMISED = {
     "rex-rag-internalize-truncated": PAPER | {"realignment": "internalize", "tail": "truncated"},
     "rex-rag-cue-first": PAPER | {"cue_loss": "first"},
     "rex-rag-cue-none": PAPER | {"cue_loss": "none"},
-    "rex-rag-oracle-filter": PAPER | {"filter": "oracle"},
+    "rex-rag-oracle-filter": PAPER | {"filter": "right"},
     "rex-rag-group": PAPER | {"alpha": "group", "failure_rate": "question"},
     "rex-rag-dapo": PAPER | {"clip_high": 0.28, "kl": 0.0, "dynamic_sampling": 3, "keep_ratio": 0.12},
     "rex-rag-rescue": PAPER

@@ -2,12 +2,17 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from rexrag import experiment
 from rexrag.errors import ConfigError, RunFolderError
 from rexrag.intervals import area, interval, paired_p
+from rexrag.runs import has_checkpoint, held
 
 ARMS = ["grpo", "rex-rag", "rex-rag-internalize"]
 
@@ -20,7 +25,7 @@ def pretend(em_of):
     """A `_run_one` that writes the run folder a real run would, EM by (arm, seed)."""
     calls = []
 
-    def run_one(config, folder):
+    def run_one(config, folder, going):
         calls.append((config.arm, config.seed))
         folder.mkdir(parents=True, exist_ok=True)
         em = em_of(config.arm, config.seed)
@@ -30,12 +35,17 @@ def pretend(em_of):
             row |= {"em": interval([value] * 3), "by_hops": {"1": interval([value / 2] * 3)}}
             lines.append(json.dumps(row | {"set": "held-out"}))
             lines.append(json.dumps(row | {"set": "fresh", "em": interval([value / 4] * 3)}))
-        steps = [{"ess": 0.5, "probes/drawn": 4.0, "probes/right": 1.0, "probes/kept": 2.0}]
-        steps.append({"ess": 1.0, "probes/drawn": 0.0, "kl_to_start": 0.1})
+        steps = [
+            {"ess": 0.5, "probes/drawn": 4.0, "probes/right": 1.0, "probes/kept": 2.0,
+             "gradient/base": 1.0, "kl_to_start": 0.0},
+            {"ess": 1.0, "probes/drawn": 6.0, "probes/right": 4.0, "probes/kept": 2.0},
+            {"ess": 0.75, "gradient/base": 0.6, "gradient/suffix": 0.4, "kl_to_start": 0.3},
+        ]  # fmt: skip
+        steps = [{"step": i, **step} for i, step in enumerate(steps, 1)]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
         (folder / "eval.jsonl").write_text("\n".join(lines))
         (folder / "summary.json").write_text(
-            json.dumps({"steps": 9, "seconds": 1.0, "em_after": {"value": em}})
+            json.dumps({"steps": 1040, "seconds": 1.0, "em_after": {"value": em}})
         )
 
     return run_one, calls
@@ -74,18 +84,28 @@ def test_arms_are_compared_in_pairs(tmp_path, monkeypatch):
         1040.0,
         pytest.approx(0.7055),
     )
-    shown = {"ess": 0.75, "probes/success": 0.25, "probes/kept_share": 0.5, "kl_to_start": 0.1}
-    assert better["diagnostics"] == pytest.approx(shown), "a mean over the steps that have the figure"
+    # At 1000, between the evaluations at 500 and 1040.
+    assert better["em_at_budget"]["value"] == pytest.approx(0.7055 - 40 / 540 * (0.7055 - 0.55275))
+    assert better["diagnostics"] == pytest.approx(
+        {
+            "ess": 0.75,
+            "probes/success": 5 / 10,
+            "probes/kept_share": 4 / 10,
+            "gradient/base": 0.8,
+            "gradient/suffix": 0.2,
+            "kl_to_start": 0.3,
+        }
+    )
     assert json.loads((tmp_path / "compare.json").read_text()) == json.loads(json.dumps(result))
 
 
 def test_a_killed_comparison_goes_on_where_it_stood(tmp_path, monkeypatch):
     run_one, calls = pretend(lambda arm, seed: 0.5)
 
-    def dies(config, folder):
+    def dies(config, folder, going):
         if (config.arm, config.seed) == ("rex-rag", 2):
             raise RunFolderError("killed")
-        run_one(config, folder)
+        run_one(config, folder, going)
 
     monkeypatch.setattr(experiment, "_run_one", dies)
     with pytest.raises(RunFolderError, match="killed"):
@@ -113,6 +133,7 @@ def test_arms_and_seeds_can_be_added_but_settings_cannot_change(tmp_path, monkey
         ({"arms": ["grpo", "rex-rga"]}, "arm 'rex-rga': there is no such arm; did you mean 'rex-rag'"),
         ({"seeds": ()}, "at least one seed"),
         ({"amount": 0}, "expected a budget above 0"),
+        ({"amount": 1e30}, "at most 1e"),
         ({"amount": 100}, "one step of arm 'grpo' draws 160 rollouts; expected a budget of at least 160"),
         ({"arms": ["grpo", "grpo"]}, "different names"),
     ],
@@ -122,10 +143,69 @@ def test_bad_input_is_one_line(change, says):
         make(**change)
 
 
-def test_an_arm_that_changes_the_data_is_refused(tmp_path):
-    (tmp_path / "cheat.toml").write_text("[data]\ndev_limit = 5\n")
-    with pytest.raises(ConfigError, match="changes \\[data\\]"):
+@pytest.mark.parametrize(("section", "change"), [("data", "dev_limit = 5"), ("retriever", "topk = 5")])
+def test_an_arm_that_changes_the_data_is_refused(section, change, tmp_path):
+    (tmp_path / "cheat.toml").write_text(f"[{section}]\n{change}\n")
+    with pytest.raises(ConfigError, match=f"arm 'cheat' changes \\[{section}\\]"):
         make(["grpo", str(tmp_path / "cheat.toml")])
+
+
+@pytest.mark.parametrize("plan", ["{", "[]", '{"arms": []}'])
+def test_a_folder_with_something_else_is_refused(plan, tmp_path):
+    (tmp_path / "plan.json").write_text(plan)
+    with pytest.raises(RunFolderError, match="not the plan of a comparison"):
+        experiment.run(make(), tmp_path)
+
+
+def test_a_run_that_lacks_its_start_or_end_is_not_compared(tmp_path, monkeypatch):
+    run_one, _ = pretend(lambda arm, seed: 0.5)
+    monkeypatch.setattr(experiment, "_run_one", run_one)
+    experiment.run(make(), tmp_path)
+    evaluations = tmp_path / "rex-rag" / "seed-2" / "eval.jsonl"
+    evaluations.write_text("".join(evaluations.read_text().splitlines(keepends=True)[2:]))
+    with pytest.raises(RunFolderError, match=r"rex-rag/seed-2: eval\.jsonl does not go from the start"):
+        experiment.run(make(), tmp_path)
+
+
+TINY = ("train.questions=2", "method.rollouts=2", "data.world_people=24", "data.world_questions=30",
+        "data.dev_limit=4", "train.save_every=1", "policy.device=cpu")  # fmt: skip
+
+
+def started(out):
+    """`rexrag compare` in a process of its own, once its first run has made a step."""
+    options = [word for change in TINY for word in ("--set", change)]
+    command = [sys.executable, "-m", "rexrag", "compare", "--arms", "grpo", "--seeds", "1", "--jobs", "1"]
+    command += ["--amount", "3000", "--evals", "2", "--out", str(out), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = out / "grpo" / "seed-1" / "metrics.jsonl"
+    while process.poll() is None and not metrics.is_file():
+        time.sleep(0.05)
+    return process, command
+
+
+def test_a_comparison_that_is_terminated_ends_its_runs_and_goes_on(tmp_path):
+    process, command = started(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    folder = tmp_path / "grpo" / "seed-1"
+    assert process.returncode == 130 and has_checkpoint(folder) and not (folder / "summary.json").exists(), (
+        said
+    )
+    with held(folder):
+        pass  # nobody writes there any more
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_run_that_outlived_its_comparison_is_left_alone(tmp_path):
+    folder = tmp_path / "grpo" / "seed-1"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("its row")
+    work = make(["grpo"], seeds=(1,))
+    with held(folder), pytest.raises(RunFolderError, match="another process is training there"):
+        experiment.run(work, tmp_path)
+    assert (folder / "metrics.jsonl").read_text() == "its row"
 
 
 def test_an_arm_from_a_file_is_called_by_its_name_and_runs_inside_the_folder(tmp_path, monkeypatch):

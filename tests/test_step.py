@@ -98,15 +98,6 @@ def test_the_filter_keeps_the_floor_of_its_share(ratio, kept):
     assert int(step.kept.sum()) == kept and len(step.rows) == 8 + kept
 
 
-def test_the_oracle_filter_keeps_right_probes():
-    def half(question, turn, attempt):
-        wrong_probe = question.id == "hard" and attempt >= ROLLOUTS and attempt % 2 == 0
-        return "</think><answer>Rome</answer>" if wrong_probe else script(question, turn, attempt)
-
-    step, _ = run("method.filter=oracle", "method.keep_floor=0.0", "method.keep_ratio=0.25", said=half)
-    assert [p.em for p, k in zip(step.probes, step.kept.tolist(), strict=True) if k] == [1.0, 1.0]
-
-
 def test_the_right_filter_keeps_right_probes_alone_and_few_of_a_group():
     def half(question, turn, attempt):
         wrong_probe = question.id == "hard" and attempt >= ROLLOUTS and attempt % 2 == 0

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rexrag.errors import RunFolderError
 from rexrag.intervals import area, interval, paired_p
 
 Budget = Literal["rollouts", "generated", "tokens", "time"]
@@ -22,15 +23,29 @@ SPENT: dict[Budget, str] = {
     "time": "seconds",
 }
 """Budget -> the count of a run that it limits."""
-COMPARED = ("em", "em_half", "area", "em_fresh", "em_1_hop", "em_2_hop", "em_3_hop", "em_4_hop")
-"""Figures of a run that are compared in pairs, where it has them."""
+COMPARED = (
+    "em_at_budget",
+    "em_half",
+    "area",
+    "em",
+    "em_fresh",
+    "em_1_hop",
+    "em_2_hop",
+    "em_3_hop",
+    "em_4_hop",
+)
+"""Figures of a run that are compared in pairs, where it has them.
+
+A run stops with the first step that passes the budget, so `em` and what else is of its end is a little past
+it, further for an arm of larger steps. `em_at_budget` and `em_half` are read off the curve, linearly.
+"""
 DIAGNOSTICS = (
     "dead_ends/rate", "groups/all_wrong_before", "groups/all_wrong_after",
     "probes/success", "probes/kept_share", "ess", "searches/mean", "kl_to_start",
     *(f"{figure}/{segment}" for figure in ("ratio", "clip", "gradient")
       for segment in ("base", "prefix", "cue", "suffix")),
 )  # fmt: skip
-"""What `compare` averages over the steps of a run (those that have the figure), then over seeds."""
+"""What `compare` works out of each run (see `_diagnostics`) and averages over seeds."""
 
 
 def run_folder(out: Path, arm: str, seed: int) -> Path:
@@ -78,12 +93,15 @@ def _figures(folder: Path, budget: Budget, amount: float) -> dict[str, Any]:
     rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     held_out = [row for row in rows if row["set"] == "held-out"]
+    if not held_out or (held_out[0]["step"], held_out[-1]["step"]) != (0, summary["steps"]):
+        raise RunFolderError(f"{folder}: eval.jsonl does not go from the start to the end; remove the folder")
     fresh = [row for row in rows if row["set"] == "fresh"]
     spent = [row[SPENT[budget]] for row in held_out]
     em = [row["em"]["value"] for row in held_out]
     return {
         "em_before": em[0],
         "em": em[-1],
+        "em_at_budget": float(np.interp(amount, spent, em)),
         "em_half": float(np.interp(amount / 2, spent, em)),
         "area": area(spent, em, amount),
         **{f"em_{hops}_hop": value["value"] for hops, value in held_out[-1]["by_hops"].items()},
@@ -96,15 +114,23 @@ def _figures(folder: Path, budget: Budget, amount: float) -> dict[str, Any]:
 
 
 def _diagnostics(file: Path) -> dict[str, float]:
-    """Means over a run's steps."""
+    """Of a run: shares of all its probes; KL to the start at its last diagnosed step; else means over steps.
+
+    A segment that a diagnosed step does not have has no share of its gradient. Before the first update the
+    KL is 0 whatever the arm, which says nothing.
+    """
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     steps = [json.loads(line) for line in lines]
-    for step in steps:
-        if drawn := step.get("probes/drawn"):
-            step["probes/success"] = step["probes/right"] / drawn
-            step["probes/kept_share"] = step["probes/kept"] / drawn
     found = {name: [s[name] for s in steps if s.get(name) is not None] for name in DIAGNOSTICS}
-    return {name: float(np.mean(values)) for name, values in found.items() if values}
+    diagnosed = [step for step in steps if any(name.startswith("gradient/") for name in step)]
+    for name in (name for name in found if name.startswith("gradient/") and found[name]):
+        found[name] = [step.get(name) or 0.0 for step in diagnosed]
+    found["kl_to_start"] = [s["kl_to_start"] for s in diagnosed if s["step"] > 1 and "kl_to_start" in s][-1:]
+    means = {name: float(np.mean(values)) for name, values in found.items() if values}
+    drawn, right, kept = (sum(s.get(f"probes/{n}") or 0 for s in steps) for n in ("drawn", "right", "kept"))
+    if drawn:
+        means |= {"probes/success": right / drawn, "probes/kept_share": kept / drawn}
+    return {name: means[name] for name in DIAGNOSTICS if name in means}
 
 
 def _mean_diagnostics(runs: Sequence[dict[str, float]]) -> dict[str, float]:

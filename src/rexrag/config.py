@@ -120,7 +120,7 @@ class MethodConfig(Model):
     """Name of a cue pool; your own, a text file (`doubts.txt`) with one a line; or `none`: cut and continue
     without a cue."""
 
-    filter: Literal["cue-logp", "none", "random", "oracle", "right"] = "cue-logp"
+    filter: Literal["cue-logp", "none", "random", "right"] = "cue-logp"
     """What is kept: the most plausible cues, all, any, right probes first, or right probes alone."""
     keep_per_group: Annotated[int, Field(ge=0)] = 0
     """At most this many kept probes of one question; 0 is no limit."""

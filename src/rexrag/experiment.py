@@ -8,16 +8,19 @@ arm, so arms are compared in pairs.
 from __future__ import annotations
 
 import json
-import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rexrag import presets, prospects
@@ -35,7 +38,11 @@ LIMITS: dict[Budget, str] = {
     "time": "max_seconds",
 }
 DIAGNOSE_EVERY = 5
-"""Steps between diagnostics of gradients and KL."""
+"""Steps between diagnostics of gradients and KL; the last step has them too."""
+LARGEST = 1e12
+"""No arm spends more, in any budget's unit."""
+FIXED = ("data", "retriever")
+"""Sections of the configuration that decide what a question and its evidence are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +68,12 @@ def plan(
     """Resolve every run before any starts. Raises ConfigError with one line.
 
     In the embedded world the seed also picks the world. Arms may change the method and the learner, not the
-    data: the same evaluation questions for all.
+    data or the retriever: the same evaluation questions and passages for all.
     """
     if not seeds:
-        raise ConfigError("--seeds 0: expected at least one seed")
-    if not (amount > 0 and math.isfinite(amount)):
-        raise ConfigError(f"--amount {amount:g}: expected a budget above 0")
+        raise ConfigError("--seeds: expected at least one seed")
+    if not 0 < amount <= LARGEST:
+        raise ConfigError(f"--amount {amount:g}: expected a budget above 0 and at most {LARGEST:g}")
     names = [Path(arm).stem if arm.endswith(".toml") else arm for arm in arms]
     if len(set(names)) < len(names) or not names:
         raise ConfigError(f"--arms {','.join(arms)}: expected different names, at least one")
@@ -84,10 +91,9 @@ def plan(
             resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update=update)})
         _refuse(resolved, name, budget, amount)
         configs[name, seed] = resolved
-    for seed in seeds:
-        different = {name for name in names if configs[name, seed].data != configs[names[0], seed].data}
-        if different:
-            raise ConfigError(f"arm '{min(different)}' changes [data]: arms must share their evaluation data")
+    for name, seed, section in product(names, seeds, FIXED):
+        if getattr(configs[name, seed], section) != getattr(configs[names[0], seed], section):
+            raise ConfigError(f"arm '{name}' changes [{section}]: arms must share their evaluation data")
     return Plan(tuple(names), tuple(seeds), budget, amount, configs)
 
 
@@ -134,15 +140,16 @@ def run(
     # Seeds first: an interrupted comparison then has whole pairs.
     missing.sort(key=lambda key: (key[1], work.arms.index(key[0])))
     total, start = len(missing), time.monotonic()
-    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+    going: set[subprocess.Popen[bytes]] = set()
+    with _ended_together(going), ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
         waiting: dict[Future[None], tuple[str, int]] = {}
         for key in missing:
-            waiting[pool.submit(_run_one, work.configs[key], run_folder(out, *key))] = key
+            waiting[pool.submit(_run_one, work.configs[key], run_folder(out, *key), going)] = key
         finished = 0
         while waiting:
             try:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt:  # the runs that are going got it too, and save; no other begins
+            except KeyboardInterrupt:  # the runs that are going heard it too, and save; no other begins
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
             for future in done:
@@ -159,8 +166,30 @@ def run(
     return result
 
 
-def _run_one(config: Config, folder: Path) -> None:
-    """One run in a process of its own; a checkpoint that is there is resumed."""
+@contextmanager
+def _ended_together(going: set[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """A SIGTERM to this process is a Ctrl-C for the runs as well: they finish their step and save."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for process in going:
+            process.send_signal(signal.SIGINT)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run_one(config: Config, folder: Path, going: set[subprocess.Popen[bytes]]) -> None:
+    """One run in a process of its own; a checkpoint that is there is resumed.
+
+    Raises RunFolderError where the run fails, or is still going: its comparison was killed, and it was not.
+    """
     resume = has_checkpoint(folder)
     settings = folder.with_suffix(".toml")
     write_text(settings, dump_toml(config))
@@ -169,7 +198,12 @@ def _run_one(config: Config, folder: Path) -> None:
     command += ["--resume"] if resume else [str(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with folder.with_suffix(".log").open("ab") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        going.add(process)
+        try:
+            code = process.wait()
+        finally:
+            going.discard(process)
     if code:
         raise RunFolderError(
             f"{folder}: the run failed with exit code {code}; see {folder.with_suffix('.log')}"
@@ -187,8 +221,11 @@ def _claim(work: Plan, out: Path) -> None:
     }
     file = out / "plan.json"
     if file.exists():
-        known = json.loads(file.read_text(encoding="utf-8"))
-        shared = known["configs"].keys() & wanted["configs"].keys()
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+            shared = known["configs"].keys() & wanted["configs"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise RunFolderError(f"{file}: not the plan of a comparison; choose another --out") from None
         if any(known["configs"][key] != wanted["configs"][key] for key in shared):
             raise RunFolderError(f"{out} holds a comparison with other settings; choose another --out")
         wanted["configs"] = {**known["configs"], **wanted["configs"]}

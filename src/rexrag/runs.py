@@ -9,6 +9,7 @@ logs only grow. A checkpoint remembers how long they were, so a resume cuts off 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,25 @@ def open_run(folder: Path, config: Config, resume: bool) -> None:
         raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """This process alone writes in a run folder, until it ends. Raises RunFolderError where another one does.
+
+    The lock is the system's, on the folder itself: it leaves no file, and a kill cannot leave it behind.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(f"{folder}: another process is training there; let it end first") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Is there a checkpoint, of either engine? What a kill left half-written is hidden and does not count."""
     return any(not path.name.startswith(".") for path in (folder / "checkpoints").glob("*step*"))
@@ -68,14 +89,16 @@ def _is_cleared(folder: Path) -> bool:
 def clear_unsaved(folder: Path) -> None:
     """Remove what a run wrote before its first checkpoint, so that it can begin again.
 
-    Its `config.toml` stays until the new one replaces it, and so do files that are not a run's.
+    Its `config.toml` stays until the new one replaces it, and so do files that are not a run's. Raises
+    RunFolderError where the run is still going.
     """
-    if has_checkpoint(folder):
+    if has_checkpoint(folder) or not folder.is_dir():
         return
-    for name in UNSAVED:
-        (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "tensorboard", "verl"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    with held(folder):
+        for name in UNSAVED:
+            (folder / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "tensorboard", "verl"):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def follow_config(folder: Path, config: Config, step: int) -> None:

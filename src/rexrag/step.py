@@ -154,7 +154,7 @@ def correct_rollouts(
     rollouts = [*base, *chosen]
     groups = [*group_of, *(group_of[_parent(probe)] for probe in chosen)]
     rows, scored = _rows(base, chosen, method, score, config.agent.temperature)
-    rows, weight = _match(rows, method, learner_score, config.agent.temperature)
+    rows, weight, matched = _match(rows, method, learner_score, config.agent.temperature)
     clock.lap("score")
     streams = correct(pad(rows, groups, [rollout.em == 1.0 for rollout in rollouts]), method, trie)
     if weight is not None:
@@ -165,7 +165,9 @@ def correct_rollouts(
     )
     samples = make_samples(rows, groups, streams, advantages)
     clock.lap("correct")
-    return Corrected(scores, kept, rows, groups, streams, advantages, samples, scored, clock.seconds)
+    return Corrected(
+        scores, kept, rows, groups, streams, advantages, samples, scored + matched, clock.seconds
+    )
 
 
 def kept_probes(probes: Sequence[Rollout], kept: Tensor) -> list[Rollout]:
@@ -275,8 +277,6 @@ def _filter(
 def _scores(probes: Sequence[Rollout], method: MethodConfig, generator: torch.Generator) -> Tensor:
     """What the filter ranks by. Without cues there is nothing to rate, so the draw is random."""
     chance = torch.rand(len(probes), generator=generator)
-    if method.filter == "oracle":
-        return torch.tensor([rollout.em for rollout in probes]) + 0.5 * chance
     if method.filter in ("random", "right") or method.cues == "none" or not probes:
         return chance
     batch = pad([row_of(rollout, method) for rollout in probes], [0] * len(probes), [False] * len(probes))
@@ -299,15 +299,19 @@ def _rows(
         return [*rows, *spliced], 0
     logps = score([(row.prompt, row.tokens) for row in spliced], temperature)
     spliced = [with_tail_logp(row, logp.tolist()) for row, logp in zip(spliced, logps, strict=True)]
-    return [*rows, *spliced], sum(len(row.prompt) + len(row.tokens) for row in spliced)
+    return [*rows, *spliced], _tokens(spliced)
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    return sum(len(row.prompt) + len(row.tokens) for row in rows)
 
 
 def _match(
     rows: list[Row], method: MethodConfig, score: Score | None, temperature: float
-) -> tuple[list[Row], Tensor | None]:
-    """Rows under the learner's own log π_old, and the weight that corrects the sampler's numerics."""
+) -> tuple[list[Row], Tensor | None, int]:
+    """Rows under the learner's own log π_old, the weight for the sampler's numerics, tokens scored."""
     if method.mismatch_cap == 0.0 or score is None:
-        return rows, None
+        return rows, None, 0
     logps = score([(row.prompt, row.tokens) for row in rows], temperature)
     matched = [
         replace(
@@ -323,7 +327,8 @@ def _match(
     sampled, learned = (pad(r, zeros, [False] * len(rows)) for r in (rows, matched))
     weight = mismatch_weights(learned.policy_logp, sampled.policy_logp, method.mismatch_cap)
     # The sampler never drew the cue.
-    return matched, torch.where(sampled.origin == int(Origin.CUE), 1.0, weight)
+    weight = torch.where(sampled.origin == int(Origin.CUE), 1.0, weight)
+    return matched, weight, _tokens(rows)
 
 
 class _Clock:

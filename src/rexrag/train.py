@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -30,6 +31,7 @@ from rexrag.runs import (
     append,
     environment,
     follow_config,
+    held,
     last_checkpoint,
     open_run,
     save_checkpoint,
@@ -106,6 +108,13 @@ def train(
             "expected at least as many questions as a step asks"
         )
     open_run(folder, config, resume)
+    with held(folder):
+        return _run(config, setup, folder, resume, observer)
+
+
+def _run(
+    config: Config, setup: Setup, folder: Path, resume: bool, observer: Observer | None
+) -> dict[str, Any]:
     progress = Progress(probe_accuracy=config.method.keep_ratio, digests=setup.digests)
     if resume:
         progress = _restore(folder, setup)
@@ -172,11 +181,10 @@ def account(
     learned: the learner's figures. seconds: of the whole step.
     """
     figures = {**describe(collected), **learned}
-    progress.step += 1
-    progress.generated_tokens += collected.generated_tokens
-    progress.prefilled_tokens += collected.prefilled_tokens
+    _count(progress, collected, seconds)
+    # Tokens that the reference model of a KL term read: a scoring pass like others.
+    progress.prefilled_tokens += int(learned.get("reference_tokens", 0))
     progress.spent_tokens = progress.generated_tokens + progress.prefilled_tokens
-    progress.rollouts += len(collected.base) + len(collected.probes)
     progress.probe_accuracy = update_probe_accuracy(
         progress.probe_accuracy,
         int(figures["probes/kept_right"]),
@@ -186,9 +194,17 @@ def account(
     progress.probe_success = update_probe_success(
         progress.probe_success, int(figures["probes/right"]), int(figures["probes/drawn"])
     )
-    progress.seconds += seconds
     row = position(progress) | {"keep_ratio": keep_ratio, **figures}
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+
+
+def _count(progress: Progress, collected: Collected, seconds: float) -> None:
+    progress.step += 1
+    progress.generated_tokens += collected.generated_tokens
+    progress.prefilled_tokens += collected.prefilled_tokens
+    progress.spent_tokens = progress.generated_tokens + progress.prefilled_tokens
+    progress.rollouts += len(collected.base) + len(collected.probes)
+    progress.seconds += seconds
 
 
 def log_step(config: Config, codec: Codec, folder: Path, row: dict[str, Any], collected: Collected) -> None:
@@ -220,7 +236,9 @@ def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dic
         questions,
     )
     before = time.perf_counter()
-    diagnosed = _diagnose(config, setup, number, collected)
+    ahead = copy.copy(progress)
+    _count(ahead, collected, before - start)
+    diagnosed = _diagnose(config, setup, number, collected, last=_finished(config, ahead))
     aside = time.perf_counter() - before
     before = time.perf_counter()
     learned = setup.learner.update(collected.samples, config.method, config.agent.temperature)
@@ -238,10 +256,12 @@ def _this_step(config: Config, progress: Progress) -> Config:
     return config.model_copy(update={"method": method.model_copy(update={"probe_probability": p})})
 
 
-def _diagnose(config: Config, setup: Setup, number: int, collected: Collected) -> dict[str, float]:
-    """Diagnostics of the first step and of every `train.diagnose_every`-th after it."""
+def _diagnose(
+    config: Config, setup: Setup, number: int, collected: Collected, last: bool
+) -> dict[str, float]:
+    """Diagnostics of the first step, of every `train.diagnose_every`-th after it, and of the last."""
     every = config.train.diagnose_every
-    if setup.start is None or not every or (number - 1) % every:
+    if setup.start is None or not every or ((number - 1) % every and not last):
         return {}
     return diagnose(collected, setup.learner, setup.start(), config)
 

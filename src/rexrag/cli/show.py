@@ -202,13 +202,17 @@ def summary_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
 
 
 MEASURES = {
-    "em": "end",
+    "em_at_budget": "at budget",
     "em_half": "half way",
     "area": "curve",
+    "em": "end",
     "em_fresh": "fresh world",
     **{f"em_{n}_hop": f"{n} hop" for n in range(1, 5)},
 }
-"""Figures of a comparison, in the order of its table; `curve` is the mean under it over the budget."""
+"""Figures of a comparison, in the order of its table; `curve` is the mean under it over the budget.
+
+"At budget" is read off the curve; the end, and what else is of it, is as far past it as the last step went.
+"""
 
 
 def comparison_table(result: dict[str, Any]) -> Table:

@@ -30,6 +30,8 @@ Summary = tuple[str, dict[str, Any]]
 """Label of a run, and its `summary.json`."""
 SEEDS_TO_TELL = 6
 """Of 2⁵ ways to flip signs of five pairs two are as extreme as all alike: p is .0625 at least."""
+OVERSHOT = 0.2
+"""Share of the budget by which a last step may pass it without a word."""
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -174,7 +176,7 @@ def compare(
     """
     from rexrag import experiment, prospects
     from rexrag.cli.show import comparison_table, diagnostics_table, stdout, table
-    from rexrag.comparison import Budget
+    from rexrag.comparison import SPENT, Budget
     from rexrag.report import write_report
 
     if budget not in experiment.LIMITS:
@@ -197,10 +199,16 @@ def compare(
     result = experiment.run(work, out, jobs, console.print)
     page = write_report(list(experiment.run_folders(work, out)), out / "report.html", control=work.arms[0])
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result | {"prospects": ahead}))
         return
     console.print(comparison_table(result))
     console.print(diagnostics_table(result))
+    for arm, figures in result["arms"].items():
+        over = figures[SPENT[chosen]] / amount - 1
+        if over > OVERSHOT:
+            console.print(
+                f"{arm}: its last step went {over:.0%} past the budget, which is small for its steps"
+            )
     console.print(f"figures {out / 'compare.json'}\npage    {page}", markup=False)
 
 

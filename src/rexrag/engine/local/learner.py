@@ -212,6 +212,7 @@ class LocalLearner:
             assert self.reference is not None
             with torch.no_grad():
                 ref_logp = logps(self.reference)
+            totals["reference_tokens"] += len(pack.ids)
             kl, dropped = kl_penalty(logp, ref_logp, mask, method.aggregation, normalizer)
             totals["nonfinite_kl_tokens"] += dropped
             loss = loss + method.kl * kl
@@ -240,6 +241,7 @@ def _metrics(totals: Totals, segments: Tensor, method: MethodConfig) -> dict[str
     metrics["grad_norm"] = totals["grad_norm"] / max(1, totals["updates"])
     if method.kl > 0:
         metrics["kl"] = totals["kl"] / attempts
+        metrics["reference_tokens"] = totals["reference_tokens"]
         metrics["nonfinite_kl_tokens"] = totals["nonfinite_kl_tokens"]
     named = [("all", segments.sum(dim=0)), *((s.name.lower(), segments[s]) for s in Segment)]
     for name, (tokens, ratio, clipped) in ((name, sums.tolist()) for name, sums in named):
