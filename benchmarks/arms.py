@@ -15,7 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rexrag.comparison import COMPARED, SPENT, differences
+from rexrag.comparison import COMPARED, differences
+from rexrag.config import SPENT
 from rexrag.intervals import differs
 from rexrag.io import write_text
 

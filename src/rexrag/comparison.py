@@ -8,21 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from rexrag.config import SPENT, Budget
 from rexrag.errors import RunFolderError
 from rexrag.intervals import area, interval, paired_p
 
-Budget = Literal["rollouts", "generated", "tokens", "time"]
-SPENT: dict[Budget, str] = {
-    "rollouts": "rollouts",
-    "generated": "generated_tokens",
-    "tokens": "spent_tokens",
-    "time": "seconds",
-}
-"""Budget -> the count of a run that it limits."""
 COMPARED = (
     "em_at_budget",
     "em_half",

@@ -16,6 +16,14 @@ OPEN_TABLE = "overrides"
 """The one table, of `verl`, whose keys are not ours."""
 ENDLESS = 10**9
 """Steps of a run that only its budget ends."""
+Budget = Literal["rollouts", "generated", "tokens", "time"]
+SPENT: dict[Budget, str] = {
+    "rollouts": "rollouts",
+    "generated": "generated_tokens",
+    "tokens": "spent_tokens",
+    "time": "seconds",
+}
+"""What arms of a comparison spend alike -> the count in a run's logs that it limits."""
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Below = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]

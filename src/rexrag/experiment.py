@@ -24,8 +24,8 @@ from types import FrameType
 from typing import Any
 
 from rexrag import presets, prospects
-from rexrag.comparison import Budget, compare, run_folder
-from rexrag.config import ENDLESS, Config
+from rexrag.comparison import compare, run_folder
+from rexrag.config import ENDLESS, Budget, Config
 from rexrag.config_io import dump_toml
 from rexrag.errors import ConfigError, RunFolderError
 from rexrag.io import write_json, write_text

@@ -6,6 +6,7 @@ from statistics import fmean
 
 import pytest
 
+from rexrag.config import SPENT
 from rexrag.report.charts import Chart, make_charts, plain
 from rexrag.report.read import read_runs
 from rexrag.report.series import aligned, group_arms, mean_interval, mean_series, series
@@ -68,11 +69,12 @@ def test_absent_and_null_metrics_leave_gaps_not_zeros(tmp_path: Path) -> None:
 def test_charts_that_nothing_was_recorded_for_are_left_out_and_named(tmp_path: Path) -> None:
     arms = group_arms(read_runs([write_run(tmp_path / "plain", arm="grpo", steps=6)]))
     charts, empty, _ = make_charts(arms)
-    assert empty == ["Probes"] and not any(chart.title == "Probes" for chart in charts)
+    assert empty == ["Probes", "Gradient by segment", "Distance from the start"]
+    assert not any(chart.title in empty for chart in charts)
     both = group_arms(read_runs([write_run(tmp_path / "run", steps=6), tmp_path / "plain"]))
     charts, empty, _ = make_charts(both)
     probes = chart_of(charts, "Probes")
-    assert not empty and probes.views["internalize"] and not probes.views["grpo"]
+    assert "Probes" not in empty and probes.views["internalize"] and not probes.views["grpo"]
 
 
 def test_every_caption_is_one_sentence_that_says_what_to_look_for(tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_every_caption_is_one_sentence_that_says_what_to_look_for(tmp_path: Path
 def test_seeds_that_stopped_at_different_steps_are_compared_at_equal_tokens(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / str(s), seed=s, steps=6 + 3 * s) for s in (0, 1)])
     seeds = [[row for row in run.evaluations if row.set == "held-out"] for run in runs]
-    curves = [[(row.tokens or 0.0, row.em.value) for row in rows] for rows in seeds]
+    curves = [[(row.spent["generated_tokens"], row.em.value) for row in rows] for rows in seeds]
     columns = aligned(seeds, curves)
     assert columns[0] == [curves[0][0], curves[1][0]]
     assert all(left[0] == right[0] for left, right in columns)
@@ -97,6 +99,21 @@ def test_seeds_that_stopped_at_different_steps_are_compared_at_equal_tokens(tmp_
     values = [value for _, value in curves[1]]
     assert all(min(values) <= right[1] <= max(values) for _, right in columns)
     assert aligned(seeds[:1], curves[:1]) == [[point] for point in curves[0]]
+
+
+@pytest.mark.parametrize("budget", sorted(SPENT))
+def test_every_curve_of_a_comparison_is_drawn_against_its_budget(budget, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=6)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{**row, SPENT[budget]: 10.0 * row["step"]} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    charts, _, _ = make_charts(group_arms(read_runs([folder])), budget)
+    title = charts[0].layout["xaxis"]["title"]
+    for chart in charts:
+        assert chart.layout["xaxis"]["title"] == title and title != {"text": "step"}
+    for chart in charts[1:]:  # the first one holds evaluations, which have counts of their own
+        drawn = [set(trace["x"]) for view in chart.views.values() for trace in view]
+        assert drawn and all(x <= {10.0 * row["step"] for row in rows} for x in drawn)
 
 
 def test_the_t_interval_of_a_mean() -> None:

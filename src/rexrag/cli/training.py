@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from rexrag import presets
-from rexrag.config import ENDLESS, Config
+from rexrag.config import ENDLESS, SPENT, Budget, Config
 from rexrag.config_io import dump_toml, load_config
 from rexrag.errors import ConfigError
 from rexrag.io import write_text
@@ -176,7 +176,6 @@ def compare(
     """
     from rexrag import experiment, prospects
     from rexrag.cli.show import comparison_table, diagnostics_table, stdout, table
-    from rexrag.comparison import SPENT, Budget
     from rexrag.report import write_report
 
     if budget not in experiment.LIMITS:
@@ -197,7 +196,8 @@ def compare(
     title = "Before the comparison: what decides it"
     console.print(table(title, ("of the start", "share [95 %]", "n"), prospects.lines(ahead)))
     result = experiment.run(work, out, jobs, console.print)
-    page = write_report(list(experiment.run_folders(work, out)), out / "report.html", control=work.arms[0])
+    folders = list(experiment.run_folders(work, out))
+    page = write_report(folders, out / "report.html", work.arms[0], chosen)
     if as_json:
         print(json.dumps(result | {"prospects": ahead}))
         return

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from rexrag.config import SPENT, Budget
 from rexrag.report.read import Evaluation, Run
 from rexrag.report.series import (
     Arm,
@@ -35,6 +36,29 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Axis:
+    """What stands below a chart: a count of `metrics.jsonl` and `eval.jsonl`, and its name."""
+
+    key: str
+    title: str
+    tickformat: str = ""
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        return {"title": {"text": self.title}, "tickformat": self.tickformat}
+
+
+STEP = Axis("step", "step")
+BUDGETS: dict[Budget, Axis] = {
+    "generated": Axis(SPENT["generated"], "generated tokens", "~s"),
+    "tokens": Axis(SPENT["tokens"], "tokens generated and read", "~s"),
+    "rollouts": Axis(SPENT["rollouts"], "rollouts, with probes", "~s"),
+    "time": Axis(SPENT["time"], "seconds of training"),
+}
+"""What a comparison spends alike (`rexrag compare --budget`)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Chart:
     """What the page's script draws. `views` holds traces by arm, or under "" where arms share one plot."""
 
@@ -45,11 +69,18 @@ class Chart:
     wide: bool = False
 
 
-def make_charts(arms: Sequence[Arm]) -> tuple[list[Chart], list[str], int]:
-    """Charts with something in them, titles of the empty ones, and the moving average's width in steps."""
+Maker = Callable[[Sequence[Arm], int, Axis], Chart]
+
+
+def make_charts(arms: Sequence[Arm], budget: Budget | None = None) -> tuple[list[Chart], list[str], int]:
+    """Charts with something in them, titles of the empty ones, and the moving average's width in steps.
+
+    budget: what all are drawn against; without it exact match against generated tokens, others by step.
+    """
     longest = max((len(run.metrics) for arm in arms for run in arm.runs), default=0)
     width = max(1, round(longest / 20))
-    charts = [make(arms, width) for make in CHARTS]
+    first, rest = (BUDGETS[budget], BUDGETS[budget]) if budget else (BUDGETS["generated"], STEP)
+    charts = [em_chart(arms, width, first), *(make(arms, width, rest) for make in CHARTS)]
     full = [chart for chart in charts if any(chart.views.values())]
     return full, [chart.title for chart in charts if chart not in full], width
 
@@ -81,22 +112,22 @@ def _filled(lines: Iterable[Trace]) -> list[Trace]:
 # ---- charts
 
 
-def em_chart(arms: Sequence[Arm], width: int) -> Chart:
-    """Held-out exact match with its intervals, and training exact match, against generated tokens."""
+def em_chart(arms: Sequence[Arm], width: int, x: Axis) -> Chart:
+    """Held-out exact match with its intervals, and training exact match."""
     traces: list[Trace] = []
     for arm in arms:
         for held_out in _sets(arm):
-            traces += _evaluation_traces(arm, held_out)
-        train = _percent(mean_series(arm.runs, "em/train", width, "generated_tokens"))
+            traces += _evaluation_traces(arm, held_out, x)
+        train = _percent(mean_series(arm.runs, "em/train", width, x.key))
         thin = {"width": 1.2, "dash": "dot"}
         traces.append(_line(train, arm.color, f"{arm.name}: training", line=thin, opacity=0.75))
     caption = (
-        "Look for a curve that climbs earlier at the same number of generated tokens and whose bars "
+        f"Look for a curve that climbs earlier at the same {x.title} and whose bars "
         "(95 % intervals) clear the other's; the dotted line is training accuracy, sampled rather than "
         "greedy and on other questions."
     )
-    axes = {"xaxis": _axis("generated tokens", tickformat="~s"), "yaxis": _axis("exact match, %", zero=True)}
-    return Chart("Exact match against generated tokens", caption, {"": _filled(traces)}, axes, wide=True)
+    axes = {"xaxis": x.layout, "yaxis": _axis("exact match, %", zero=True)}
+    return Chart(f"Exact match against {x.title}", caption, {"": _filled(traces)}, axes, wide=True)
 
 
 def _sets(arm: Arm) -> list[str]:
@@ -105,15 +136,13 @@ def _sets(arm: Arm) -> list[str]:
     return sorted(names, key=lambda name: (name != "held-out", name))
 
 
-def _evaluation_traces(arm: Arm, name: str) -> list[Trace]:
-    seeds = [
-        [row for row in run.evaluations if row.set == name and row.tokens is not None] for run in arm.runs
-    ]
+def _evaluation_traces(arm: Arm, name: str, x: Axis) -> list[Trace]:
+    seeds = [[row for row in run.evaluations if row.set == name and x.key in row.spent] for run in arm.runs]
     seeds = [rows for rows in seeds if rows]
     if not seeds:
         return []
     main = name == "held-out"
-    curves = [[(row.tokens or 0.0, 100 * row.em.value) for row in rows] for rows in seeds]
+    curves = [[(row.spent[x.key], 100 * row.em.value) for row in rows] for rows in seeds]
     columns = aligned(seeds, curves)
     stats = [mean_interval([value for _, value in column]) for column in columns]
     means = [(fmean(at for at, _ in column), mean) for column, (mean, _) in zip(columns, stats, strict=True)]
@@ -152,25 +181,25 @@ def _percent(points: Points) -> Points:
     return [(at, 100 * value) for at, value in points]
 
 
-def _by_arm(arms: Sequence[Arm], width: int, key: str, **more: Any) -> list[Trace]:
+def _by_arm(arms: Sequence[Arm], width: int, x: Axis, key: str, **more: Any) -> list[Trace]:
     """Every run thin, each arm's mean thick."""
     traces = []
     for arm in arms:
         dash = {"dash": "dash"} if arm.is_control else {}
-        traces += [_line(series(run, key), arm.color, **more) for run in arm.runs]
-        traces.append(_line(mean_series(arm.runs, key, width), arm.color, arm.name, line=dash, **more))
+        traces += [_line(series(run, key, x.key), arm.color, **more) for run in arm.runs]
+        mean = mean_series(arm.runs, key, width, x.key)
+        traces.append(_line(mean, arm.color, arm.name, line=dash, **more))
     return _filled(traces)
 
 
 def _by_metric(
-    runs: Sequence[Run], width: int, lines: Sequence[Line], stacked: bool = False, **more: Any
+    runs: Sequence[Run], width: int, x: Axis, lines: Sequence[Line], stacked: bool = False, **more: Any
 ) -> list[Trace]:
     """The metrics of one arm, mean over its seeds."""
     traces = []
     for line in lines:
-        trace = _line(
-            mean_series(runs, line.key, width), line.color, line.name, line={"dash": line.dash}, **more
-        )
+        mean = mean_series(runs, line.key, width, x.key)
+        trace = _line(mean, line.color, line.name, line={"dash": line.dash}, **more)
         if stacked:
             trace = {**trace, "stackgroup": "all", "line": {**trace["line"], "width": 0.8}}
         traces.append(trace)
@@ -181,41 +210,44 @@ def _axis(title: str, zero: bool = False, **more: Any) -> dict[str, Any]:
     return {"title": {"text": title}, **({"rangemode": "tozero"} if zero else {}), **more}
 
 
-def _panels(top: Mapping[str, Any], bottom: Mapping[str, Any]) -> dict[str, Any]:
-    """Two plots over one axis of steps."""
+def _panels(x: Axis, top: Mapping[str, Any], bottom: Mapping[str, Any]) -> dict[str, Any]:
+    """Two plots over one axis."""
     return {
-        "xaxis": _axis("step", anchor="y2"),
+        "xaxis": {**x.layout, "anchor": "y2"},
         "yaxis": {**top, "domain": [0.56, 1.0]},
         "yaxis2": {**bottom, "domain": [0.0, 0.44], "anchor": "x"},
     }
 
 
-def _per_arm(
-    title: str, caption: str, key: str, axis: str, tickformat: str = ""
-) -> Callable[[Sequence[Arm], int], Chart]:
+def _per_arm(title: str, caption: str, key: str, axis: str, tickformat: str = "") -> Maker:
     """A chart of one metric in which every arm has a line."""
-    layout = {"xaxis": _axis("step"), "yaxis": _axis(axis, zero=True, tickformat=tickformat)}
-    return lambda arms, width: Chart(title, caption, {"": _by_arm(arms, width, key)}, layout)
+    y = _axis(axis, zero=True, tickformat=tickformat)
+    return lambda arms, width, x: Chart(
+        title, caption, {"": _by_arm(arms, width, x, key)}, {"xaxis": x.layout, "yaxis": y}
+    )
 
 
 def _per_metric(
     title: str, caption: str, lines: Sequence[Line], axis: str, tickformat: str = "", stacked: bool = False
-) -> Callable[[Sequence[Arm], int], Chart]:
+) -> Maker:
     """A chart of several metrics of the arm that the reader chose."""
-    layout = {"xaxis": _axis("step"), "yaxis": _axis(axis, zero=True, tickformat=tickformat)}
+    y = _axis(axis, zero=True, tickformat=tickformat)
 
-    def make(arms: Sequence[Arm], width: int) -> Chart:
-        views = {arm.name: _by_metric(arm.runs, width, lines, stacked) for arm in arms}
-        return Chart(title, caption, views, layout)
+    def make(arms: Sequence[Arm], width: int, x: Axis) -> Chart:
+        views = {arm.name: _by_metric(arm.runs, width, x, lines, stacked) for arm in arms}
+        return Chart(title, caption, views, {"xaxis": x.layout, "yaxis": y})
 
     return make
 
 
-def weight_chart(arms: Sequence[Arm], width: int) -> Chart:
+def weight_chart(arms: Sequence[Arm], width: int, x: Axis) -> Chart:
     """Effective sample size over the mixture share alpha."""
-    top, bottom = _by_arm(arms, width, "ess"), _by_arm(arms, width, "alpha", yaxis="y2", showlegend=False)
+    top = _by_arm(arms, width, x, "ess")
+    bottom = _by_arm(arms, width, x, "alpha", yaxis="y2", showlegend=False)
     layout = _panels(
-        _axis("ESS share", zero=True, tickformat=".0%"), _axis("alpha", zero=True, tickformat=".0%")
+        x,
+        _axis("ESS share", zero=True, tickformat=".0%"),
+        _axis("alpha", zero=True, tickformat=".0%"),
     )
     caption = (
         "Look for an effective sample size near 100 %: a fall says that a few heavy rollouts carry the "
@@ -233,18 +265,18 @@ SEGMENTS = (
 )
 
 
-def ratio_chart(arms: Sequence[Arm], width: int) -> Chart:
+def ratio_chart(arms: Sequence[Arm], width: int, x: Axis) -> Chart:
     """Importance ratio over clip share, each by segment of the training row."""
 
     def lines(kind: str) -> list[Line]:
         return [Line(f"{kind}/{line.key}", line.name, line.color, line.dash) for line in SEGMENTS]
 
     views = {
-        arm.name: _by_metric(arm.runs, width, lines("ratio"))
-        + _by_metric(arm.runs, width, lines("clip"), yaxis="y2", showlegend=False)
+        arm.name: _by_metric(arm.runs, width, x, lines("ratio"))
+        + _by_metric(arm.runs, width, x, lines("clip"), yaxis="y2", showlegend=False)
         for arm in arms
     }
-    layout = _panels(_axis("ratio", **LOG_TICKS), _axis("clipped", zero=True, tickformat=".0%"))
+    layout = _panels(x, _axis("ratio", **LOG_TICKS), _axis("clipped", zero=True, tickformat=".0%"))
     caption = (
         "Look for ratios near 1 and few clipped tokens; a cue ratio far below 1 says that realignment "
         "all but removes the cue from the update."
@@ -252,8 +284,7 @@ def ratio_chart(arms: Sequence[Arm], width: int) -> Chart:
     return Chart("Importance ratio and clip share by segment", caption, views, layout)
 
 
-CHARTS: tuple[Callable[[Sequence[Arm], int], Chart], ...] = (
-    em_chart,
+CHARTS: tuple[Maker, ...] = (
     _per_arm(
         "Dead ends",
         "Look for a steady fall: the share of base rollouts that answered, and answered wrongly.",
@@ -320,4 +351,18 @@ CHARTS: tuple[Callable[[Sequence[Arm], int], Chart], ...] = (
     ),
     weight_chart,
     ratio_chart,
+    _per_metric(
+        "Gradient by segment",
+        "Look for the part that moves the policy: each segment's share of the sum of their gradient norms, "
+        "at the diagnosed steps (train.diagnose_every).",
+        tuple(Line(f"gradient/{line.key}", line.name, line.color, line.dash) for line in SEGMENTS),
+        "of the norms",
+        ".0%",
+    ),
+    _per_arm(
+        "Distance from the start",
+        "Look for a slow rise: the KL divergence of the policy from where it began, at the diagnosed steps.",
+        "kl_to_start",
+        "nats a token",
+    ),
 )

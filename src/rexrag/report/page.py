@@ -20,6 +20,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from rexrag.config import Budget
 from rexrag.io import write_bytes
 from rexrag.report.charts import Chart, make_charts
 from rexrag.report.headline import evaluation_table, headline
@@ -29,11 +30,14 @@ from rexrag.report.series import Arm, group_arms
 from rexrag.report.words import compact
 
 
-def write_report(runs: Sequence[Path], out: Path, control: str = "grpo") -> Path:
+def write_report(
+    runs: Sequence[Path], out: Path, control: str = "grpo", budget: Budget | None = None
+) -> Path:
     """Write one self-contained page about `runs` (and the `control/` run inside each) to `out`.
 
     `out` is the file, or a folder in which `report.html` is written. Runs that are still going are shown as
-    far as they got. `control`: the arm that others are compared with. Returns the file. Raises DataError
+    far as they got. `control`: the arm that others are compared with. `budget`: what all of them spend alike
+    (a name of `charts.BUDGETS`), and every curve is drawn against. Returns the file. Raises DataError
     where a folder is no run folder or a file is damaged.
     """
     out = Path(out) / "report.html" if Path(out).is_dir() else Path(out)
@@ -42,7 +46,7 @@ def write_report(runs: Sequence[Path], out: Path, control: str = "grpo") -> Path
     chosen = choose_rollouts(found, missing)
     found = [replace(run, notes=[*run.notes, *more]) for run, more in zip(found, missing, strict=True)]
     # A name may hold half a surrogate pair, which UTF-8 cannot write.
-    write_bytes(out, _page(found, chosen, control).encode("utf-8", errors="replace"))
+    write_bytes(out, _page(found, chosen, control, budget).encode("utf-8", errors="replace"))
     return out
 
 
@@ -65,9 +69,9 @@ def _finite(value: object) -> object:
     return value
 
 
-def _page(runs: Sequence[Run], chosen: Chosen, control: str) -> str:
+def _page(runs: Sequence[Run], chosen: Chosen, control: str, budget: Budget | None) -> str:
     arms = group_arms(runs, control)
-    charts, empty, width = make_charts(arms)
+    charts, empty, width = make_charts(arms, budget)
     ours = files("rexrag.report")
     scripts = [get_plotlyjs(), ours.joinpath("report.js").read_text(encoding="utf-8")]
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from rexrag.config import ENDLESS
+from rexrag.config import ENDLESS, SPENT
 from rexrag.errors import DataError
 
 Row = Mapping[str, Any]
@@ -40,7 +40,8 @@ class Evaluation:
     """One row of `eval.jsonl`."""
 
     step: int
-    tokens: float | None
+    spent: Mapping[str, float]
+    """Counts so far, those that it has: tokens, rollouts, seconds."""
     set: str
     em: Estimate
     f1: Estimate | None
@@ -285,7 +286,7 @@ def _evaluation(folder: Path, n: int, row: Row) -> Evaluation:
     }
     return Evaluation(
         step=int(row["step"]),
-        tokens=number(row, "generated_tokens"),
+        spent={key: value for key in SPENT.values() if (value := number(row, key)) is not None},
         set=str(row.get("set", "held-out")),
         em=em,
         f1=_estimate(row.get("f1"), where, n, "f1"),
