@@ -32,7 +32,7 @@ ALLOWED = {
     "tracking": BASE,
     "prospects": BASE | DATA | {"engine", "intervals", "setup"},
     "presets": BASE,
-    "doctor": BASE | {"engine"},
+    "doctor": BASE | {"engine", "retrieval"},
     "evaluate": BASE | DATA | {"engine.base", "intervals"},
     "evaluation": BASE | DATA | {"engine", "evaluate", "intervals", "presets", "runs", "setup"},
     "setup": BASE | DATA | {"engine"},

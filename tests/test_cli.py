@@ -146,7 +146,7 @@ def test_a_mistake_is_one_line(run, arguments, words, tmp_path, monkeypatch):
 def test_the_control_is_laid_over_the_base_and_survives_a_kill(run, tmp_path, monkeypatch):
     seen = []
 
-    def pretended(config, folder, resume, observer):
+    def pretended(config, folder, resume, restart, observer):
         seen.append(
             (config.arm, config.method.clip_high, config.method.dynamic_sampling, config.seed, resume)
         )
@@ -173,7 +173,9 @@ def test_an_index_brings_its_kind_and_silences_a_remote_retriever(run, files, tm
     kept = ["--corpus", folder / "corpus.jsonl", "--index", folder / "index"]
     build = ["index", "build", folder / "corpus.jsonl", "--out", folder / "index", "--kind", "bm25-disk"]
     assert run(*build)[0] == 0
-    (folder / "c.toml").write_text('[retriever]\nkind = "remote"\nurl = "http://127.0.0.1:1"\n')
+    (folder / "c.toml").write_text(
+        '[retriever]\nkind = "remote"\nurl = "http://127.0.0.1:1"\n[agent]\ntotal_tokens = 1024\n'
+    )
     words = ["--data", folder / "train.jsonl", "--limit", "1", "--strategy", "rag", "--out", tmp_path / "o"]
     code, out, err = run("eval", folder / "c.toml", "--policy", "embedded", *kept, *words, "--json")
     assert code == 0, err
@@ -327,8 +329,9 @@ def test_tools_print_what_they_found(run, files, monkeypatch):
     assert (
         "4 questions" in run("data", "check", folder / "train.jsonl", "--corpus", folder / "corpus.jsonl")[1]
     )
-    findings = json.loads(run("doctor", "--json")[1])
-    assert {"torch", "embedded", "gpu"} <= {finding["what"] for finding in findings}
+    findings = {finding["what"]: finding for finding in json.loads(run("doctor", "--json")[1])}
+    assert {"torch", "embedded", "gpu"} <= set(findings)
+    assert "hard questions: right by chance 0.000" in str(findings["embedded"])
 
 
 def test_a_user_s_own_files_train_through_the_same_code(run, tmp_path):

@@ -164,3 +164,21 @@ def test_brief_is_brief() -> None:
 
 def test_control_characters_are_not_printed():
     assert io.printable("a\x1b[2Jb\x07\n\tc\x9b") == "a�[2Jb�\n\tc�"
+
+
+def test_what_cannot_be_written_is_named_before_and_after(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        io.write_text(path, "y")
+
+    def fill(path: Path) -> None:
+        with io.atomic_folder(path):
+            pass
+
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file" / "out", Path("/proc/nothing")):
+        for make in (io.check_writable, write, fill):
+            with pytest.raises(OSError) as caught:
+                make(path)
+            assert ".tmp" not in str(caught.value)
+    io.check_writable(tmp_path / "new" / "out")
+    assert left_over(tmp_path) == ["file", "new"] and left_over(tmp_path / "new") == []

@@ -203,6 +203,25 @@ def test_traces_show_probes_beside_their_parents_first():
     assert set(step.samples[8].segment) == {int(s) for s in (Segment.PREFIX, Segment.CUE, Segment.SUFFIX)}
 
 
+@pytest.mark.parametrize("tail", ["one", "truncated", "unclipped"])
+def test_traces_of_spliced_probes_have_weights_but_for_the_cue(tail):
+    step, _ = run("method.realignment=internalize", f"method.tail={tail}")
+    probe = trace_rows(step, 3, CODEC, limit=4)[1]
+    assert step.rows[8].tokens != step.probes[0].tokens and probe["weight"] is not None
+    weighed = [(s["origin"], s["weight"] is not None) for s in probe["segments"]]
+    assert weighed == [
+        ("policy", True),
+        ("cue", False),
+        ("policy", True),
+        ("evidence", False),
+        ("policy", True),
+    ]
+    n, row = len(step.rows[8].tokens), step.rows[8]
+    ratio = torch.exp(torch.tensor(row.policy_logp) - step.streams.behaviour_logp[8, :n])
+    last = ratio[n - len(CODEC.encode(probe["segments"][-1]["text"])) :]
+    assert probe["segments"][-1]["weight"] == pytest.approx(float(last.mean()), abs=1e-4)
+
+
 def test_a_cue_that_no_longer_fits_is_no_probe():
     """Its score would be 0, above every real one: the filter must never see it."""
     prompt, said = len("Question: Hard?"), len("<think>a guess</think><answer>Rome</answer>")

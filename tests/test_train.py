@@ -13,7 +13,7 @@ from rexrag.config_io import load_config, parse_config
 from rexrag.errors import CheckpointError, DataError, RunFolderError
 from rexrag.io import sha256_file, write_json
 from rexrag.method import CueTrie
-from rexrag.runs import clear_unsaved, free_folder, has_checkpoint, last_checkpoint
+from rexrag.runs import clear_unsaved, free_folder, has_checkpoint, held, last_checkpoint
 from rexrag.setup import Data, Setup
 from rexrag.train import questions_of, step_seed, train
 from rexrag.types import Question
@@ -171,15 +171,57 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, fake):
     folder = tmp_path / "run"
     train(config(), folder)
     shutil.rmtree(folder / "checkpoints")
+    (folder / "summary.json").unlink()
     (folder / "tensorboard").mkdir()
     (folder / "checkpoints" / ".step-2.77-ab.tmp").mkdir(parents=True)
     (folder / "page.html").write_text("mine")
     assert not has_checkpoint(folder), "a save that a kill cut off is none"
+    (folder / "checkpoints" / "mine.pt").write_text("not a run's")
     clear_unsaved(folder)
-    assert {path.name for path in folder.iterdir()} == {"config.toml", "page.html"}
+    assert {path.name for path in folder.iterdir()} == {"config.toml", "page.html", "checkpoints"}
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["mine.pt"]
     train(config(), folder)
     clear_unsaved(folder)
     assert (folder / "metrics.jsonl").exists() and has_checkpoint(folder)
+
+
+def test_a_run_that_is_over_is_not_begun_again_where_its_checkpoints_are_gone(tmp_path, fake):
+    folder = tmp_path / "run"
+    train(config(), folder)
+    shutil.rmtree(folder / "checkpoints")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(RunFolderError, match="this run is over and has no checkpoint"):
+        train(config(), folder, restart=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_nothing_goes_before_all_else_is_well(tmp_path, fake, monkeypatch):
+    folder = tmp_path / "run"
+    train(config(), folder)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "summary.json").unlink()
+
+    def fails(_):
+        raise DataError("no such corpus")
+
+    monkeypatch.setattr(loop, "build", fails)
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(DataError):
+        train(config(), folder, restart=True)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_held_out_questions_that_are_trained_on_are_said(tmp_path, fake, capsys):
+    train(config(), tmp_path / "run")
+    assert capsys.readouterr().err == "3 of 3 held-out questions are training questions too: not held out\n"
+
+
+def test_a_run_folder_has_one_writer(tmp_path, fake):
+    folder = tmp_path / "run"
+    train(config("train.steps=2"), folder)
+    with held(folder), pytest.raises(RunFolderError, match="another process is training there"):
+        train(config(), folder, resume=True)
+    train(config(), folder, resume=True)
 
 
 def test_a_config_toml_of_ones_own_is_not_written_over(tmp_path, fake):
@@ -263,6 +305,8 @@ def test_free_folder_counts_up(tmp_path):
     assert free_folder("a", tmp_path) == tmp_path / "a"
     (tmp_path / "a").mkdir()
     assert free_folder("a", tmp_path) == tmp_path / "a-2"
+    assert free_folder("../../out of here", tmp_path) == tmp_path / "out-of-here"
+    assert free_folder("..", tmp_path) == tmp_path / "run"
 
 
 REAL = [

@@ -10,7 +10,7 @@ from rexrag.config import AgentConfig, Config
 from rexrag.engine.local.loading import load_policy
 from rexrag.io import printable
 from rexrag.retrieval import make_retriever
-from rexrag.setup import load_data
+from rexrag.setup import check_window, load_data
 from rexrag.types import Question, Rollout
 
 
@@ -48,6 +48,7 @@ def ask(
 ) -> Rollout:
     """Roll out one question with the configured policy and corpus. Raises RexragError."""
     policy = load_policy(config.policy)
+    check_window(policy, config)
     corpus = load_data(config.data).corpus
     retriever = make_retriever(config.retriever, corpus)
     asked = Question("asked", question, ("",))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import sys
@@ -62,22 +64,25 @@ def _package(name: str, why: str, remedy: str) -> Finding:
 def _machine() -> list[Finding]:
     import torch
 
+    from rexrag.retrieval.plan import available_memory
+
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus))
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     bf16 = torch.backends.cpu.get_cpu_capability()
+    available = available_memory() / 2**30
+    memory = f"{available:.1f} GiB free" if math.isfinite(available) else "this system does not say"
     return [
         Finding("cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {bf16}"),
-        Finding("memory", "ok", f"{_memory():.1f} GiB free, disk {free:.0f} GiB free"),
+        Finding("memory", "ok", f"{memory}, disk {free:.0f} GiB free"),
         Finding("gpu", "ok", names)
         if gpus
         else Finding("gpu", "no", "the quickstart and models up to about 200 M parameters train on the CPU"),
     ]
 
 
-def _memory() -> float:
-    """Free memory in GiB."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+SHOWN = ("greedy EM", "hard questions: right by chance")
+"""Of the measurements in a start's `start.json`: what a comparison from it depends on."""
 
 
 def _starts() -> list[Finding]:
@@ -86,7 +91,9 @@ def _starts() -> list[Finding]:
     findings = []
     for name in EMBEDDED:
         try:
-            findings.append(Finding(name, "ok", str(Path(resolve(name)).name)))
+            start = json.loads((Path(resolve(name)) / "start.json").read_text(encoding="utf-8"))
+            measured = {what: start["measured"][what]["value"] for what in SHOWN}
+            findings.append(Finding(name, "ok", ", ".join(f"{w} {v:.3f}" for w, v in measured.items())))
         except ModelError as error:
             findings.append(Finding(name, "missing", str(error), "reinstall rexrag"))
     return findings

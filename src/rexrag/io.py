@@ -34,6 +34,27 @@ class FieldError(ValueError):
         self.field = field
 
 
+def check_writable(path: str | Path) -> None:
+    """Can something be made at `path`? Asked before hours of work. Raises OSError that names it."""
+    path = Path(path).absolute()
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = _temporary_name(path)
+        probe.mkdir()
+        probe.rmdir()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error about a temporary name beside `path` becomes one about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename and Path(error.filename).parent == path.parent:
+            error.filename = str(path)
+        raise
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file to write; it replaces `path` when the block ends without an error."""
@@ -41,7 +62,9 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
-        with temporary.open("xb") as file:
+        with _naming(path):
+            opened = temporary.open("xb")
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -59,7 +82,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
-    temporary.mkdir()
+    with _naming(path):
+        temporary.mkdir()
     try:
         yield temporary
         replace_folder(temporary, path)

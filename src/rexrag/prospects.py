@@ -28,7 +28,7 @@ from rexrag.intervals import share
 from rexrag.method.dead_ends import is_dead_end
 from rexrag.retrieval import make_retriever
 from rexrag.retrieval.base import Retriever
-from rexrag.setup import load_data
+from rexrag.setup import check_window, load_data
 from rexrag.types import Question, Rollout
 
 RESAMPLE, CUE, NEITHER = "resample, no cue", "a cue of the pool", "right answers that survive a cue"
@@ -56,6 +56,7 @@ def examine(config: Config, questions: int = 150) -> dict[str, Figure]:
     retriever = make_retriever(config.retriever, data.corpus)
     asked = random.Random(config.seed).sample(data.train, min(questions, len(data.train)))
     policy = load_policy(config.policy)
+    check_window(policy, config)
     return describe(observe(policy, retriever, asked, config, seed=config.seed), policy)
 
 

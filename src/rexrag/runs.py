@@ -9,11 +9,11 @@ logs only grow. A checkpoint remembers how long they were, so a resume cuts off 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +25,11 @@ from typing import Any
 
 import zstandard
 
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None  # type: ignore[assignment]
+
 from rexrag import __version__
 from rexrag.config import Config
 from rexrag.config_io import dump_toml, load_config
@@ -32,7 +37,7 @@ from rexrag.errors import CheckpointError, ConfigError, RunFolderError
 from rexrag.io import atomic_folder, json_line, sha256_file, write_json, write_text
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "rollouts.jsonl.zst")
-UNSAVED = (*LOGS, "environment.json", "summary.json")
+UNSAVED = (*LOGS, "environment.json")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "bm25s", "pydantic", "peft")
 
 
@@ -42,7 +47,9 @@ def open_run(folder: Path, config: Config, resume: bool) -> None:
         if not (folder / "config.toml").is_file():
             raise RunFolderError(f"{folder}: no run to resume there (it has no config.toml)")
         return
-    if folder.exists() and not (folder.is_dir() and (_is_cleared(folder) or not any(folder.iterdir()))):
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder}: a file stands there; choose another --out")
+    if folder.exists() and not (_is_cleared(folder) or not any(folder.iterdir())):
         raise RunFolderError(f"{folder} is not empty; pass --resume to continue it, or another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +64,9 @@ def held(folder: Path) -> Iterator[None]:
 
     The lock is the system's, on the folder itself: it leaves no file, and a kill cannot leave it behind.
     """
+    if fcntl is None:
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -78,7 +88,8 @@ def has_checkpoint(folder: Path) -> bool:
 def _is_cleared(folder: Path) -> bool:
     """A run was here that saved nothing, and its settings are left; not somebody's own config.toml."""
     file = folder / "config.toml"
-    if has_checkpoint(folder) or any((folder / name).exists() for name in UNSAVED) or not file.is_file():
+    saved = has_checkpoint(folder) or (folder / "summary.json").exists()
+    if saved or any((folder / name).exists() for name in UNSAVED) or not file.is_file():
         return False
     try:
         return dump_toml(load_config(file)) == file.read_text(encoding="utf-8")
@@ -90,14 +101,18 @@ def clear_unsaved(folder: Path) -> None:
     """Remove what a run wrote before its first checkpoint, so that it can begin again.
 
     Its `config.toml` stays until the new one replaces it, and so do files that are not a run's. Raises
-    RunFolderError where the run is still going.
+    RunFolderError where the run is still going, or is over and its checkpoints are gone.
     """
     if has_checkpoint(folder) or not folder.is_dir():
         return
+    if (folder / "summary.json").exists():
+        raise RunFolderError(f"{folder}: this run is over and has no checkpoint; choose another --out")
     with held(folder):
         for name in UNSAVED:
             (folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "tensorboard", "verl"):
+        for left in (folder / "checkpoints").glob(".*"):  # half a checkpoint; others are not this run's
+            shutil.rmtree(left, ignore_errors=True)
+        for name in ("tensorboard", "verl"):
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -112,6 +127,7 @@ def follow_config(folder: Path, config: Config, step: int) -> None:
 
 def free_folder(name: str, parent: Path = Path("runs")) -> Path:
     """`runs/name`, or `runs/name-2`, `-3` … where that is taken."""
+    name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
     folder, number = parent / name, 1
     while folder.exists():
         number += 1

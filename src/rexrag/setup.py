@@ -73,7 +73,10 @@ def build(config: Config) -> Setup:
     data = load_data(config.data)
     retriever = make_retriever(config.retriever, data.corpus)
     policy, learner = load_engine(config)
+    check_window(policy, config)
     check_prompts(data, policy.codec, config)
+    if config.retriever.kind == "remote":  # is it there? Better asked now than after the first rollouts
+        retriever.search([data.train[0].text], config.retriever.topk)
     own = policy
     if learner.mirror is not None or learner.autocast:  # the numbers that the learner's ratios start from
         own = LocalPolicy(learner.model, policy.codec, autocast=learner.autocast)
@@ -94,9 +97,18 @@ def build(config: Config) -> Setup:
     )
 
 
+def check_window(policy: Policy, config: Config) -> None:
+    """Has the model positions for whole rollouts? Raises ConfigError."""
+    window = getattr(policy, "window", None)
+    if window is not None and config.agent.total_tokens > window:
+        given = f"agent.total_tokens = {config.agent.total_tokens}"
+        raise ConfigError(f"{given}: {config.policy.path} reads {window} tokens at most")
+
+
 def check_prompts(data: Data, codec: Codec, config: Config) -> None:
     """Do the longest questions fit the window? Raises DataError naming the one that does not."""
-    longest = sorted([*data.train, *data.dev], key=lambda question: len(question.text))[-LONGEST:]
+    # By bytes: a token of any vocabulary is a byte at least, and an emoji can be many.
+    longest = sorted([*data.train, *data.dev], key=lambda question: len(question.text.encode()))[-LONGEST:]
     for question in longest:
         Episode(question, codec, config.agent, config.retriever.topk)
 

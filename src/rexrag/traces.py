@@ -72,18 +72,18 @@ def _row(
     }
 
 
-def _ratios(step: Collected, place: int, rollout: Rollout) -> list[float | None] | None:
-    """π_old/μ times the weight of each trained token; None for a row whose tokens were spliced."""
+def _ratios(step: Collected, place: int, rollout: Rollout) -> list[float | None]:
+    """π_old/μ times the weight of each trained token of a rollout; a spliced row has none of its cue."""
     row: Row = step.rows[place]
-    if row.tokens != rollout.tokens:
-        return None
     n = len(row.tokens)
     old = torch.tensor(row.policy_logp)
     ratio = torch.exp(old - step.streams.behaviour_logp[place, :n]) * step.streams.weight[place, :n]
-    return [
-        float(r) if m else None
-        for r, m in zip(ratio.tolist(), step.streams.mask[place, :n].tolist(), strict=True)
-    ]
+    mask = step.streams.mask[place, :n].tolist()
+    found = [float(r) if m else None for r, m in zip(ratio.tolist(), mask, strict=True)]
+    if row.tokens == rollout.tokens:
+        return found
+    left_out = len(rollout.tokens) - n  # from the end of the thought before the cut to the end of the cue
+    return [*found[: row.cut], *[None] * left_out, *found[row.cut :]]
 
 
 def _segments(rollout: Rollout, codec: Codec, ratios: list[float | None] | None) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from rexrag.method.probing import adaptive_probability, update_probe_success
 from rexrag.retrieval import make_retriever
 from rexrag.runs import (
     append,
+    clear_unsaved,
     environment,
     follow_config,
     held,
@@ -37,7 +39,7 @@ from rexrag.runs import (
     save_checkpoint,
     truncate_logs,
 )
-from rexrag.setup import Setup, build
+from rexrag.setup import Data, Setup, build
 from rexrag.step import Collected, collect
 from rexrag.traces import trace_rows
 from rexrag.types import Question
@@ -87,17 +89,25 @@ class Progress:
 
 
 def train(
-    config: Config, folder: Path, *, resume: bool = False, observer: Observer | None = None
+    config: Config,
+    folder: Path,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Run a configuration into `folder` and return its summary (also `summary.json`).
 
     With `resume`, continue from the newest whole checkpoint; on a CPU the result is bit for bit that of a run
-    that was never stopped. An interrupt finishes the step, saves, and raises KeyboardInterrupt.
+    that was never stopped. With `restart`, what a run left that had saved nothing makes way, once all else is
+    known to be well. An interrupt finishes the step, saves, and raises KeyboardInterrupt.
     Raises RexragError with one line.
     """
     if config.engine == "verl":
         from rexrag.engine.verl.launch import launch
 
+        if restart:
+            clear_unsaved(folder)
         return launch(config, folder, resume)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -107,7 +117,10 @@ def train(
             f"{len(setup.data.train)} training questions, train.questions = {config.train.questions}: "
             "expected at least as many questions as a step asks"
         )
+    if restart:
+        clear_unsaved(folder)
     open_run(folder, config, resume)
+    _warn_of_overlap(setup.data)
     with held(folder):
         return _run(config, setup, folder, resume, observer)
 
@@ -142,6 +155,13 @@ def _run(
         if interrupted():  # in the last step: the run is whole, but what would come after it is not wanted
             raise KeyboardInterrupt
     return summary
+
+
+def _warn_of_overlap(data: Data) -> None:
+    both = {question.text for question in data.dev} & {question.text for question in data.train}
+    if both:
+        said = f"{len(both)} of {len(data.dev)} held-out questions are training questions too: not held out"
+        print(said, file=sys.stderr)
 
 
 def questions_of(questions: Sequence[Question], asked: int, count: int, seed: int) -> list[Question]:
@@ -358,6 +378,7 @@ def _interrupts() -> Iterator[Any]:
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
+        print("\nthis step is finished and saved first; Ctrl-C again stops at once", file=sys.stderr)
 
     try:
         previous = signal.signal(signal.SIGINT, remember)

@@ -19,7 +19,7 @@ from rexrag.engine.local.loading import choose_trained, export_model, load_model
 from rexrag.engine.local.muon import adamw
 from rexrag.engine.local.warmup import episode_setting, fit
 from rexrag.errors import ConfigError, DataError
-from rexrag.io import atomic_folder, write_json
+from rexrag.io import atomic_folder, check_writable, write_json
 from rexrag.retrieval import make_retriever
 from rexrag.setup import load_data
 
@@ -36,6 +36,7 @@ def warm_up(config: Config, out: Path) -> dict[str, Any]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists and is not empty")
+    check_writable(out)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     data = load_data(config.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from rexrag.engine.local.loading import (
 from rexrag.engine.local.packing import pack_rows
 from rexrag.engine.local.policy import LocalPolicy
 from rexrag.errors import ConfigError, ModelError
+from rexrag.setup import check_window
 from rexrag.types import Document, Origin, Question, Sample
 from tests.engine.scripted import MAKERS, SIZES, VOCABULARY, Echo, Script, llama, prompts, qwen2, spread
 from tests.engine.test_learner import naive_logps, samples
@@ -214,9 +216,26 @@ def test_model_folders_that_cannot_be_used_are_named(folder, tmp_path):
 def test_names_that_may_be_ids_are_left_to_the_hub():
     assert resolve("owner/name") == "owner/name"
     assert resolve("name") == "name"
-    for path in ("a/b/c", "", "/x", "~/x", "./x"):
+    for path in ("a/b/c", "", "/x", "~/x", "./x", "models/none", "runs/none"):
         with pytest.raises(ModelError, match="no such model folder"):
             resolve(path)
+
+
+def test_a_tokenizer_that_the_model_does_not_know_is_refused(folder, tmp_path):
+    made = shutil.copytree(folder, tmp_path / "small")
+    llama(vocab_size=20).save_pretrained(made)
+    with pytest.raises(ModelError, match=r"its tokenizer has [0-9]+ tokens, its model only 20"):
+        load_policy(config(made).policy)
+
+
+def test_a_window_too_short_for_a_rollout_is_refused(folder):
+    policy = load_policy(config(folder).policy)
+    fits, longer = (
+        parse_config({}, [f"policy.path={folder}", f"agent.total_tokens={tokens}"]) for tokens in (512, 513)
+    )
+    check_window(policy, fits)
+    with pytest.raises(ConfigError, match=r"agent.total_tokens = 513: .* reads 512 tokens at most"):
+        check_window(policy, longer)
 
 
 def test_devices_are_checked():

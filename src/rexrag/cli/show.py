@@ -47,7 +47,7 @@ class RunProgress:
     """An `Observer` that draws: one live line on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, console: Console, label: str) -> None:
-        self.console, self.label = console, label
+        self.console, self.label = console, escape(printable(label))
         self.live: Progress | None = None
         self.task: Any = None
         self.last = time.monotonic()

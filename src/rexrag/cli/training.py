@@ -14,7 +14,7 @@ from rexrag.config import ENDLESS, SPENT, Budget, Config
 from rexrag.config_io import dump_toml, load_config
 from rexrag.errors import ConfigError
 from rexrag.io import write_text
-from rexrag.runs import clear_unsaved, free_folder, has_checkpoint
+from rexrag.runs import free_folder, has_checkpoint
 from rexrag.tracking import CONTROL
 
 ConfigArgument = Annotated[
@@ -59,7 +59,7 @@ def train(
     Examples:
       rexrag train
       rexrag train --set train.steps=100 --out runs/long
-      rexrag train smollm2-2wiki --set data.train=train.jsonl --set data.corpus=corpus.jsonl
+      rexrag train own-data --set data.train=questions.jsonl --set data.corpus=corpus.jsonl
       rexrag train --resume --out runs/long
       rexrag train qwen2.5-3b-nq-hotpot --dry-run
     """
@@ -69,11 +69,13 @@ def train(
     overrides = [*(override or []), *([f"seed={seed}"] if seed is not None else [])]
     if resume:
         if out is None:
-            raise typer.BadParameter("--resume needs the run folder: --out DIR")
+            raise ConfigError("--resume needs the run folder: --out DIR")
         if config is not None:
             raise ConfigError(
                 f"--resume goes on with {out / 'config.toml'}, not {config}; change it with --set"
             )
+        if not (out / "config.toml").is_file():
+            raise ConfigError(f"{out}: no run to resume there (it has no config.toml)")
         settings = presets.resolve(out / "config.toml", arm, overrides)
         control = _kept_control(settings, out, overrides)
     else:
@@ -97,7 +99,8 @@ def train(
     for label, summary in summaries:
         console.print(
             f"{label}: {summary['steps']} steps, {summary['generated_tokens']:,} generated tokens, "
-            f"{summary['seconds']:.0f} s"
+            f"{summary['seconds']:.0f} s",
+            markup=False,
         )
     console.print(f"run folder {folder}\npage       {page}", markup=False)
 
@@ -128,17 +131,17 @@ def _run_parts(parts: list[Part], resume: bool, console: Console) -> list[Summar
         if resume and _is_done(part, where):
             summaries.append((label, json.loads((where / "summary.json").read_text(encoding="utf-8"))))
             continue
-        if resume:
-            clear_unsaved(where)
         progress = RunProgress(console, label)
         kept = [_Kept(control) for _, control, _ in others] if where == folder else []
         observers = Together([progress, *kept, *open_trackers(settings.train.track)])
         try:
-            summary = run(part, where, resume=resume and has_checkpoint(where), observer=observers)
+            again = resume and has_checkpoint(where)
+            summary = run(part, where, resume=again, restart=resume and not again, observer=observers)
         except KeyboardInterrupt:
             progress.stop()
-            command = f"rexrag train --resume --out {folder}"
-            console.print(f"stopped; go on from the last checkpoint with: {command}", markup=False)
+            if (folder / "config.toml").exists():
+                command = f"rexrag train --resume --out {folder}"
+                console.print(f"stopped; go on from the last checkpoint with: {command}", markup=False)
             raise
         finally:
             progress.stop()

@@ -34,7 +34,7 @@ from rexrag.evaluation.records import Records, append_records, cell_figures, rea
 from rexrag.evaluation.strategies import CLOSED_BOOK, STRATEGIES, Strategy, voted
 from rexrag.io import sha256_file, write_json
 from rexrag.runs import digest
-from rexrag.setup import LONGEST
+from rexrag.setup import LONGEST, check_window
 from rexrag.types import Question
 
 BATCH = 64
@@ -167,8 +167,9 @@ def _missing(cell: Cell, rows: Records) -> list[Question]:
 
 def _check_prompts(plan: Plan, policy: Policy) -> None:
     """Do the longest questions fit the window? Raises DataError before anything is asked."""
+    check_window(policy, plan.config)
     for chosen in plan.sets.values():
-        for question in sorted(chosen.questions, key=lambda question: len(question.text))[-LONGEST:]:
+        for question in sorted(chosen.questions, key=lambda question: len(question.text.encode()))[-LONGEST:]:
             Episode(question, policy.codec, plan.config.agent, plan.config.retriever.topk)
 
 

@@ -83,7 +83,7 @@ def plan(corpus: str | Path, out: str | Path, options: BuildOptions) -> Plan:
         more = _dense(documents, [document.contents for document in rows[:ENCODED]], options)
         disk, scratch, memory, seconds = disk + more[0], more[1], max(memory, more[2]), seconds + more[3]
     return _judged(
-        Plan(documents, disk, scratch, memory, seconds, _free(out) + _begun(out), _free_memory(), ()),
+        Plan(documents, disk, scratch, memory, seconds, _free(out) + _begun(out), available_memory(), ()),
         options,
         out,
     )
@@ -172,7 +172,7 @@ def _free(out: str | Path) -> float:
     return float(shutil.disk_usage(folder).free)
 
 
-def _free_memory() -> float:
+def available_memory() -> float:
     """Memory that can be had without swapping, in bytes; infinite where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from rexrag.agent.codec import load_codec
+from rexrag.agent.codec import HFCodec, load_codec
 from rexrag.config import Config, PolicyConfig
 from rexrag.engine.local.attention import use_packed_attention
 from rexrag.engine.local.learner import LocalLearner
@@ -37,6 +38,8 @@ MODEL_FILES = (
     "*.jinja",
 )
 """What of a model folder decides what it says."""
+FOLDERS = ("models", "runs")
+"""Where the shipped configurations and commands put models: no owners on a hub."""
 LORA_SCALE = 2.0
 """alpha / rank of every LoRA."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,7 +48,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_policy(config: PolicyConfig) -> LocalPolicy:
     """A policy for rollouts and scores alone, in the configured precision. Raises ModelError, ConfigError."""
     model, folder = load_model(config)
-    return LocalPolicy(model, load_codec(folder))
+    return LocalPolicy(model, codec_of(model, folder))
 
 
 def load_engine(config: Config) -> tuple[LocalPolicy, LocalLearner]:
@@ -56,7 +59,7 @@ def load_engine(config: Config) -> tuple[LocalPolicy, LocalLearner]:
     """
     policy = config.policy
     model, folder = load_model(policy, dtype=torch.float32)
-    codec = load_codec(folder)
+    codec = codec_of(model, folder)
     choose_trained(model, policy, config.seed)
     dtype = DTYPES[policy.dtype]
     mirror = None if dtype == torch.float32 else _in_precision(model, dtype)
@@ -69,6 +72,15 @@ def load_engine(config: Config) -> tuple[LocalPolicy, LocalLearner]:
         mirror=mirror,
     )
     return LocalPolicy(model if mirror is None else mirror, codec), learner
+
+
+def codec_of(model: Any, folder: str) -> HFCodec:
+    """The tokenizer of a model. Raises ModelError where it has ids that the model does not know."""
+    codec = load_codec(folder)
+    known, needed = model.get_input_embeddings().num_embeddings, len(codec.tokenizer)
+    if needed > known:
+        raise ModelError(f"{folder}: its tokenizer has {needed} tokens, its model only {known}")
+    return codec
 
 
 def _in_precision(model: Any, dtype: torch.dtype) -> Any:
@@ -103,7 +115,8 @@ def load_model(config: PolicyConfig, dtype: torch.dtype | None = None) -> tuple[
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{source}: no usable causal language model: {reason[:300]}") from None
+        missing = "" if Path(source).exists() else "no such folder, and from a hub: "
+        raise ModelError(f"{source}: {missing}no usable causal language model: {reason[:300]}") from None
     if report["missing_keys"]:
         raise ModelError(f"{source}: the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     model.to(device).eval()
@@ -120,8 +133,7 @@ def resolve(path: str) -> str:
     else:
         folder = Path(path).expanduser()
         if not path or not folder.exists():
-            # "name" and "owner/name" can be ids; anything else was meant as a folder.
-            if path and path.count("/") <= 1 and not path.startswith((".", "/", "~")):
+            if _may_be_id(path):
                 return path
             raise ModelError(f"policy.path = '{path}': no such model folder")
     if not (folder / "config.json").is_file():
@@ -133,6 +145,13 @@ def resolve(path: str) -> str:
             "expected *.safetensors"
         )
     return str(folder)
+
+
+def _may_be_id(path: str) -> bool:
+    """ "name" and "owner/name" can be ids on a hub; anything else was meant as a folder."""
+    owner, slash, _ = path.partition("/")
+    a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1
+    return bool(path) and not a_folder and not (slash and (owner in FOLDERS or Path(owner).is_dir()))
 
 
 def identity(source: str) -> list[str]:
@@ -225,11 +244,14 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
 def _quiet() -> Iterator[None]:
     """No progress bars or loading tables: what matters of them becomes a ModelError."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_level = hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity(40)  # errors only: else a line for every time that it tries again
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if bars:
             logging.enable_progress_bar()

@@ -36,6 +36,12 @@ class LocalPolicy:
     def codec(self) -> Codec:
         return self._codec
 
+    @property
+    def window(self) -> int | None:
+        """Positions that the model was made for; None where its configuration does not say."""
+        config = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+        return getattr(config, "max_position_embeddings", None)
+
     def session(self) -> LocalSession:
         return LocalSession(self.model, self._shape, self._saved_bytes)
 
