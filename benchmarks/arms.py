@@ -1,6 +1,8 @@
-"""The runs behind the table of all arms in docs/experiments.md: collect them, print the table.
+"""The runs behind the tables of arms in docs/experiments.md: collect them, print the tables.
 
-    python benchmarks/arms.py docs/results/hard.jsonl                 # the table of arms
+    python benchmarks/arms.py docs/results/hard.jsonl                 # figures and diagnostics of every arm
+    python benchmarks/arms.py docs/results/hard.jsonl --control rex-rag --arms rex-rag-oracle-filter
+                                                                      # two arms in pairs
     python benchmarks/arms.py docs/results/hard.jsonl --collect OUT --batch NAME
                                                                       # add the runs of a finished comparison
 
@@ -74,6 +76,36 @@ def table(rows: Rows, control: str) -> str:
     return "\n".join(lines)
 
 
+SEGMENTS = ("base", "prefix", "cue", "suffix")
+
+
+def on_the_way(rows: Rows) -> str:
+    """Markdown: what happened while the arms trained, means over runs."""
+    head = ("arm", "dead ends", "all-wrong groups, before → after probes", "probes right", "kept", "ESS",
+            "searches", "KL to start", "steps", "rollouts", "tokens of any kind",
+            "ratio of cue tokens (clipped)", "gradient share base / prefix / cue / suffix")  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [row for row in rows if row["arm"] == arm]
+
+        def mean(name: str, form: str = ".2f", runs: Rows = own) -> str:
+            values = [v for r in runs if (v := {**r, **r["diagnostics"]}.get(name)) is not None]
+            return f"{sum(values) / len(values):{form}}".removeprefix("0") if values else "–"
+
+        wrong = mean("groups/all_wrong_before"), mean("groups/all_wrong_after")
+        cue = mean("ratio/cue")
+        cells = [
+            f"`{arm}`", mean("dead_ends/rate"),
+            wrong[0] if mean("probes/success") == "–" else " → ".join(wrong),
+            *map(mean, ("probes/success", "probes/kept_share", "ess", "searches/mean")),
+            mean("kl_to_start", ".3f"), mean("steps", ".1f"), mean("rollouts", ",.0f"),
+            mean("spent_tokens", ",.0f"), cue if cue == "–" else f"{cue} ({mean('clip/cue', '.0%')})",
+            " / ".join(mean(f"gradient/{segment}") for segment in SEGMENTS),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -82,6 +114,7 @@ def main() -> None:
     parser.add_argument("--collect", type=Path, help="a folder that `rexrag compare` wrote")
     parser.add_argument("--batch", default="", help="machine and day of these runs")
     parser.add_argument("--control", default="grpo")
+    parser.add_argument("--arms", default="", help="only these beside the control, with commas")
     args = parser.parse_args()
     lines = args.file.read_text(encoding="utf-8").splitlines() if args.file.is_file() else []
     rows = [json.loads(line) for line in lines]
@@ -94,7 +127,10 @@ def main() -> None:
         ]
         args.file.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.file, "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
-    print(table(rows, args.control))
+    if args.arms:
+        rows = [row for row in rows if row["arm"] in (args.control, *args.arms.split(","))]
+    rows.sort(key=lambda row: row["arm"] != args.control)
+    print(table(rows, args.control), on_the_way(rows), sep="\n\n")
 
 
 if __name__ == "__main__":
