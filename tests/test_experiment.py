@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -171,29 +172,38 @@ TINY = ("train.questions=2", "method.rollouts=2", "data.world_people=24", "data.
         "data.dev_limit=4", "train.save_every=1", "policy.device=cpu")  # fmt: skip
 
 
-def started(out):
-    """`rexrag compare` in a process of its own, once its first run has made a step."""
+PATIENCE = 600
+"""Seconds; a loaded machine is slow."""
+
+
+@contextmanager
+def comparing(out):
+    """`rexrag compare` in a process of its own, and its command; once its first run has made a step."""
     options = [word for change in TINY for word in ("--set", change)]
     command = [sys.executable, "-m", "rexrag", "compare", "--arms", "grpo", "--seeds", "1", "--jobs", "1"]
     command += ["--amount", "3000", "--evals", "2", "--out", str(out), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    metrics = out / "grpo" / "seed-1" / "metrics.jsonl"
-    while process.poll() is None and not metrics.is_file():
-        time.sleep(0.05)
-    return process, command
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while not (out / "grpo" / "seed-1" / "metrics.jsonl").is_file():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process, command
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
 
 
 def test_a_comparison_that_is_terminated_ends_its_runs_and_goes_on(tmp_path):
-    process, command = started(tmp_path)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
     folder = tmp_path / "grpo" / "seed-1"
-    assert process.returncode == 130 and has_checkpoint(folder) and not (folder / "summary.json").exists(), (
-        said
-    )
+    with comparing(tmp_path) as (process, command):
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, said
+    assert has_checkpoint(folder) and not (folder / "summary.json").exists()
     with held(folder):
         pass  # nobody writes there any more
-    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    assert subprocess.run(command, capture_output=True, timeout=PATIENCE).returncode == 0
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
 
@@ -206,6 +216,9 @@ def test_a_run_that_outlived_its_comparison_is_left_alone(tmp_path):
     with held(folder), pytest.raises(RunFolderError, match="another process is training there"):
         experiment.run(work, tmp_path)
     assert (folder / "metrics.jsonl").read_text() == "its row"
+    (folder / "checkpoints" / "step-1").mkdir(parents=True)
+    with held(folder), pytest.raises(RunFolderError, match="another process is training there"):
+        experiment.run(work, tmp_path)
 
 
 def test_an_arm_from_a_file_is_called_by_its_name_and_runs_inside_the_folder(tmp_path, monkeypatch):

@@ -112,14 +112,15 @@ def test_a_token_budget_stops_the_run(tmp_path, fake, limit, spent):
     assert summary["spent_tokens"] == summary["generated_tokens"] + summary["prefilled_tokens"]
 
 
-def test_an_interrupt_finishes_the_step_saves_and_can_be_resumed(tmp_path, fake, monkeypatch):
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_finishes_the_step_saves_and_can_be_resumed(which, tmp_path, fake, monkeypatch):
     whole = train(config(), tmp_path / "whole")
     collect = loop.collect
 
     def interrupting(*args, **kwargs):
         log = tmp_path / "cut" / "metrics.jsonl"
         if log.exists() and len(rows(log)) == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(which)
         return collect(*args, **kwargs)
 
     monkeypatch.setattr(loop, "collect", interrupting)
@@ -219,9 +220,22 @@ def test_held_out_questions_that_are_trained_on_are_said(tmp_path, fake, capsys)
 def test_a_run_folder_has_one_writer(tmp_path, fake):
     folder = tmp_path / "run"
     train(config("train.steps=2"), folder)
-    with held(folder), pytest.raises(RunFolderError, match="another process is training there"):
-        train(config(), folder, resume=True)
+    before = (folder / "config.toml").read_text()
+    for how in ({"resume": True}, {"restart": True}, {}):
+        with held(folder), pytest.raises(RunFolderError, match="another process is training there"):
+            train(config(), folder, **how)
+        assert (folder / "config.toml").read_text() == before
     train(config(), folder, resume=True)
+
+
+def test_a_restart_does_not_mind_a_comment_in_its_settings(tmp_path, fake):
+    folder = tmp_path / "run"
+    train(config(), folder)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "summary.json").unlink()
+    (folder / "config.toml").write_text("# mine\n" + (folder / "config.toml").read_text())
+    train(config(), folder, restart=True)
+    assert (folder / "summary.json").exists()
 
 
 def test_a_config_toml_of_ones_own_is_not_written_over(tmp_path, fake):

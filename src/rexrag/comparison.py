@@ -118,7 +118,8 @@ def _diagnostics(file: Path) -> dict[str, float]:
     diagnosed = [step for step in steps if any(name.startswith("gradient/") for name in step)]
     for name in (name for name in found if name.startswith("gradient/") and found[name]):
         found[name] = [step.get(name) or 0.0 for step in diagnosed]
-    found["kl_to_start"] = [s["kl_to_start"] for s in diagnosed if s["step"] > 1 and "kl_to_start" in s][-1:]
+    later = [step.get("kl_to_start") for step in diagnosed if step["step"] > 1]
+    found["kl_to_start"] = [kl for kl in later if kl is not None][-1:]
     means = {name: float(np.mean(values)) for name, values in found.items() if values}
     drawn, right, kept = (sum(s.get(f"probes/{n}") or 0 for s in steps) for n in ("drawn", "right", "kept"))
     if drawn:

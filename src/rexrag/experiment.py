@@ -29,7 +29,7 @@ from rexrag.config import ENDLESS, Budget, Config
 from rexrag.config_io import dump_toml
 from rexrag.errors import ConfigError, RunFolderError
 from rexrag.io import write_json, write_text
-from rexrag.runs import clear_unsaved, has_checkpoint
+from rexrag.runs import clear_unsaved, has_checkpoint, held
 
 LIMITS: dict[Budget, str] = {
     "rollouts": "max_rollouts",
@@ -140,56 +140,74 @@ def run(
     # Seeds first: an interrupted comparison then has whole pairs.
     missing.sort(key=lambda key: (key[1], work.arms.index(key[0])))
     total, start = len(missing), time.monotonic()
-    going: set[subprocess.Popen[bytes]] = set()
-    with _ended_together(going), ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        waiting: dict[Future[None], tuple[str, int]] = {}
-        for key in missing:
-            waiting[pool.submit(_run_one, work.configs[key], run_folder(out, *key), going)] = key
-        finished = 0
-        while waiting:
-            try:
+    runs = _Runs()
+    with runs.ended_together(), ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+        try:
+            waiting: dict[Future[None], tuple[str, int]] = {
+                pool.submit(_run_one, work.configs[key], run_folder(out, *key), runs): key for key in missing
+            }
+            finished = 0
+            while waiting:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt:  # the runs that are going heard it too, and save; no other begins
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            for future in done:
-                arm, seed = waiting.pop(future)
-                if future.exception() is not None:
-                    pool.shutdown(cancel_futures=True)
-                    raise future.exception() or RunFolderError("a run failed")
-                finished += 1
-                left = (time.monotonic() - start) / finished * (total - finished)
-                em = _summary(out, arm, seed)["em_after"]["value"]
-                say(f"{finished}/{total}  {arm} seed {seed}: EM {em:.3f}  eta {left:.0f} s")
+                for future in done:
+                    arm, seed = waiting.pop(future)
+                    future.result()
+                    finished += 1
+                    left = (time.monotonic() - start) / finished * (total - finished)
+                    em = _summary(out, arm, seed)["em_after"]["value"]
+                    say(f"{finished}/{total}  {arm} seed {seed}: EM {em:.3f}  eta {left:.0f} s")
+        except BaseException:  # no other run begins; those that are going come to their end, or were told to
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     result = compare(out, work.arms, work.seeds, work.budget, work.amount)
     write_json(out / "compare.json", result)
     return result
 
 
-@contextmanager
-def _ended_together(going: set[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """A SIGTERM to this process is a Ctrl-C for the runs as well: they finish their step and save."""
+class _Runs:
+    """The processes that train. A SIGTERM to the comparison is theirs too: they finish a step and save."""
 
-    def end(number: int, frame: FrameType | None) -> None:
-        for process in going:
-            process.send_signal(signal.SIGINT)
+    def __init__(self) -> None:
+        self.going: set[subprocess.Popen[bytes]] = set()
+        self.stopping = False
+
+    @contextmanager
+    def ended_together(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, self._end)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = True
+        for process in list(self.going):
+            process.terminate()
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    def wait(self, command: Sequence[str], **options: Any) -> int:
+        """Start a process and wait for its exit code."""
+        process = subprocess.Popen(command, **options)
+        self.going.add(process)
+        if self.stopping:  # it began while the others were told
+            process.terminate()
+        try:
+            return process.wait()
+        finally:
+            self.going.discard(process)
 
 
-def _run_one(config: Config, folder: Path, going: set[subprocess.Popen[bytes]]) -> None:
+def _run_one(config: Config, folder: Path, runs: _Runs) -> None:
     """One run in a process of its own; a checkpoint that is there is resumed.
 
     Raises RunFolderError where the run fails, or is still going: its comparison was killed, and it was not.
     """
+    if folder.is_dir():
+        with held(folder):  # refused here, by its name, and not in a log
+            pass
     resume = has_checkpoint(folder)
     settings = folder.with_suffix(".toml")
     write_text(settings, dump_toml(config))
@@ -198,12 +216,7 @@ def _run_one(config: Config, folder: Path, going: set[subprocess.Popen[bytes]]) 
     command += ["--resume"] if resume else [str(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with folder.with_suffix(".log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        going.add(process)
-        try:
-            code = process.wait()
-        finally:
-            going.discard(process)
+        code = runs.wait(command, stdout=log, stderr=log, env=environment)
     if code:
         raise RunFolderError(
             f"{folder}: the run failed with exit code {code}; see {folder.with_suffix('.log')}"

@@ -41,28 +41,40 @@ UNSAVED = (*LOGS, "environment.json")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "bm25s", "pydantic", "peft")
 
 
-def open_run(folder: Path, config: Config, resume: bool) -> None:
-    """Create a run folder, or check that there is one to resume. Raises RunFolderError with one line."""
-    if resume:
-        if not (folder / "config.toml").is_file():
-            raise RunFolderError(f"{folder}: no run to resume there (it has no config.toml)")
-        return
+@contextmanager
+def open_run(folder: Path, config: Config, *, resume: bool, restart: bool = False) -> Iterator[None]:
+    """A run folder for one run: made, or there to resume, and this process's alone until the block ends.
+
+    With `restart`, what a run left that had saved nothing makes way. Raises RunFolderError with one line, and
+    leaves a folder that it refuses as it is.
+    """
+    if resume and not (folder / "config.toml").is_file():
+        raise RunFolderError(f"{folder}: no run to resume there (it has no config.toml)")
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder}: a file stands there; choose another --out")
-    if folder.exists() and not (_is_cleared(folder) or not any(folder.iterdir())):
-        raise RunFolderError(f"{folder} is not empty; pass --resume to continue it, or another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.toml", dump_toml(config))
     except OSError as error:
         raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    with held(folder):
+        if restart:
+            _clear(folder)
+        elif not resume and any(folder.iterdir()) and not _is_cleared(folder):
+            raise RunFolderError(f"{folder} is not empty; pass --resume to continue it, or another --out")
+        if not resume:
+            try:
+                write_text(folder / "config.toml", dump_toml(config))
+            except OSError as error:
+                raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        yield
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """This process alone writes in a run folder, until it ends. Raises RunFolderError where another one does.
 
-    The lock is the system's, on the folder itself: it leaves no file, and a kill cannot leave it behind.
+    The lock is the system's, on the folder itself: it leaves no file, and a kill cannot leave it behind. File
+    systems without such locks (NFS), and Windows, have none.
     """
     if fcntl is None:
         yield
@@ -103,17 +115,22 @@ def clear_unsaved(folder: Path) -> None:
     Its `config.toml` stays until the new one replaces it, and so do files that are not a run's. Raises
     RunFolderError where the run is still going, or is over and its checkpoints are gone.
     """
-    if has_checkpoint(folder) or not folder.is_dir():
+    if folder.is_dir():
+        with held(folder):
+            _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    if has_checkpoint(folder):
         return
     if (folder / "summary.json").exists():
         raise RunFolderError(f"{folder}: this run is over and has no checkpoint; choose another --out")
-    with held(folder):
-        for name in UNSAVED:
-            (folder / name).unlink(missing_ok=True)
-        for left in (folder / "checkpoints").glob(".*"):  # half a checkpoint; others are not this run's
-            shutil.rmtree(left, ignore_errors=True)
-        for name in ("tensorboard", "verl"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+    for name in UNSAVED:
+        (folder / name).unlink(missing_ok=True)
+    for left in (folder / "checkpoints").glob(".*"):  # half a checkpoint; others are not this run's
+        shutil.rmtree(left, ignore_errors=True)
+    for name in ("tensorboard", "verl"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def follow_config(folder: Path, config: Config, step: int) -> None:

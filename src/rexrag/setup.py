@@ -16,7 +16,7 @@ from rexrag.data.world import World
 from rexrag.engine.base import Learner, Policy
 from rexrag.errors import ConfigError
 from rexrag.method.cues import CueTrie
-from rexrag.retrieval import make_retriever
+from rexrag.retrieval import check_service, make_retriever
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Document, Question
 
@@ -72,11 +72,11 @@ def build(config: Config) -> Setup:
 
     data = load_data(config.data)
     retriever = make_retriever(config.retriever, data.corpus)
+    if config.retriever.kind == "remote":
+        check_service(config.retriever)
     policy, learner = load_engine(config)
     check_window(policy, config)
     check_prompts(data, policy.codec, config)
-    if config.retriever.kind == "remote":  # is it there? Better asked now than after the first rollouts
-        retriever.search([data.train[0].text], config.retriever.topk)
     own = policy
     if learner.mirror is not None or learner.autocast:  # the numbers that the learner's ratios start from
         own = LocalPolicy(learner.model, policy.codec, autocast=learner.autocast)
@@ -102,7 +102,7 @@ def check_window(policy: Policy, config: Config) -> None:
     window = getattr(policy, "window", None)
     if window is not None and config.agent.total_tokens > window:
         given = f"agent.total_tokens = {config.agent.total_tokens}"
-        raise ConfigError(f"{given}: {config.policy.path} reads {window} tokens at most")
+        raise ConfigError(f"{given}: {config.policy.path} reads {window} tokens at most; set fewer")
 
 
 def check_prompts(data: Data, codec: Codec, config: Config) -> None:

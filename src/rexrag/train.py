@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
@@ -30,10 +30,8 @@ from rexrag.method.probing import adaptive_probability, update_probe_success
 from rexrag.retrieval import make_retriever
 from rexrag.runs import (
     append,
-    clear_unsaved,
     environment,
     follow_config,
-    held,
     last_checkpoint,
     open_run,
     save_checkpoint,
@@ -106,9 +104,7 @@ def train(
     if config.engine == "verl":
         from rexrag.engine.verl.launch import launch
 
-        if restart:
-            clear_unsaved(folder)
-        return launch(config, folder, resume)
+        return launch(config, folder, resume, restart)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     setup = build(config)
@@ -117,11 +113,8 @@ def train(
             f"{len(setup.data.train)} training questions, train.questions = {config.train.questions}: "
             "expected at least as many questions as a step asks"
         )
-    if restart:
-        clear_unsaved(folder)
-    open_run(folder, config, resume)
-    _warn_of_overlap(setup.data)
-    with held(folder):
+    with open_run(folder, config, resume=resume, restart=restart):
+        warn_of_overlap(setup.data)
         return _run(config, setup, folder, resume, observer)
 
 
@@ -157,7 +150,8 @@ def _run(
     return summary
 
 
-def _warn_of_overlap(data: Data) -> None:
+def warn_of_overlap(data: Data) -> None:
+    """Say on standard error where held-out questions are training questions too."""
     both = {question.text for question in data.dev} & {question.text for question in data.train}
     if both:
         said = f"{len(both)} of {len(data.dev)} held-out questions are training questions too: not held out"
@@ -257,7 +251,7 @@ def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dic
     )
     before = time.perf_counter()
     ahead = copy.copy(progress)
-    _count(ahead, collected, before - start)
+    _count(ahead, collected, max(before - start, progress.seconds / max(1, progress.step)))
     diagnosed = _diagnose(config, setup, number, collected, last=_finished(config, ahead))
     aside = time.perf_counter() - before
     before = time.perf_counter()
@@ -371,21 +365,23 @@ def summarise(config: Config, folder: Path, progress: Progress) -> dict[str, Any
 
 @contextmanager
 def _interrupts() -> Iterator[Any]:
-    """The first Ctrl-C is remembered until the step is over; the second one acts at once."""
+    """The first Ctrl-C or SIGTERM is remembered until the step is over; the second one acts at once."""
     caught: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
-        print("\nthis step is finished and saved first; Ctrl-C again stops at once", file=sys.stderr)
+        with suppress(Exception):  # a closed or busy stream must not cost the step
+            print("\nthis step is finished and saved first; once more stops at once", file=sys.stderr)
 
     try:
-        previous = signal.signal(signal.SIGINT, remember)
+        previous = {which: signal.signal(which, remember) for which in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: nobody can press Ctrl-C at us
         yield lambda: False
         return
     try:
         yield lambda: bool(caught)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for which, handler in previous.items():
+            signal.signal(which, handler)

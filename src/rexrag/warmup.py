@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from rexrag.agent.codec import load_codec
 from rexrag.agent.prompts import cue_pool
 from rexrag.config import Config
 from rexrag.data.chains import question_demonstrations
 from rexrag.data.demonstrations import Demonstration
-from rexrag.engine.local.loading import choose_trained, export_model, load_model
+from rexrag.engine.local.loading import choose_trained, codec_of, export_model, load_model
 from rexrag.engine.local.muon import adamw
 from rexrag.engine.local.warmup import episode_setting, fit
 from rexrag.errors import ConfigError, DataError
@@ -42,7 +41,7 @@ def warm_up(config: Config, out: Path) -> dict[str, Any]:
     data = load_data(config.data)
     retriever = make_retriever(config.retriever, data.corpus)
     model, folder = load_model(config.policy, dtype=torch.float32)
-    codec = load_codec(folder)
+    codec = codec_of(model, folder)
     setting = episode_setting(codec, config.agent, config.retriever.topk)
     doubts = [cue.removeprefix("<think>").strip() for cue in cue_pool(DOUBTS)]
     demonstrations, share = question_demonstrations(

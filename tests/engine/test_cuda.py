@@ -28,7 +28,7 @@ def _tensors_on_the_gpu():
     """What the shared helpers make lies where the model is."""
     torch.set_default_device("cuda")
     yield
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
 
 
 def on_gpu(name: str = "qwen2", dtype: torch.dtype = torch.float32, **changes: object):

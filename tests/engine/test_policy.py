@@ -224,8 +224,18 @@ def test_names_that_may_be_ids_are_left_to_the_hub():
 def test_a_tokenizer_that_the_model_does_not_know_is_refused(folder, tmp_path):
     made = shutil.copytree(folder, tmp_path / "small")
     llama(vocab_size=20).save_pretrained(made)
-    with pytest.raises(ModelError, match=r"its tokenizer has [0-9]+ tokens, its model only 20"):
+    with pytest.raises(ModelError, match=r"its tokenizer has an id [0-9]+, its model 20 tokens"):
         load_policy(config(made).policy)
+
+
+def test_special_tokens_that_are_never_written_may_lack_a_row(folder, tmp_path):
+    made = shutil.copytree(folder, tmp_path / "image")
+    tokenizer = load_policy(config(folder).policy).codec.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(str(made))
+    assert len(tokenizer) == VOCABULARY + 1
+    policy = load_policy(config(made).policy)
+    assert max(policy.codec.encode("w1 <image_soft_token> w2")) < VOCABULARY
 
 
 def test_a_window_too_short_for_a_rollout_is_refused(folder):
@@ -234,6 +244,9 @@ def test_a_window_too_short_for_a_rollout_is_refused(folder):
         parse_config({}, [f"policy.path={folder}", f"agent.total_tokens={tokens}"]) for tokens in (512, 513)
     )
     check_window(policy, fits)
+    policy.model.config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    assert policy.window is None, "scaled positions reach further"
+    policy.model.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
     with pytest.raises(ConfigError, match=r"agent.total_tokens = 513: .* reads 512 tokens at most"):
         check_window(policy, longer)
 

@@ -17,11 +17,27 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rexrag.config import RetrieverConfig
-from rexrag.errors import ConfigError
+from rexrag.errors import ConfigError, RetrievalError
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Document
 
-__all__ = ["Retriever", "make_retriever"]
+__all__ = ["Retriever", "check_service", "make_retriever"]
+
+
+def check_service(config: RetrieverConfig) -> None:
+    """Does the service at `config.url` answer a search? One short try: a run must not wait for it.
+
+    Raises ConfigError.
+    """
+    import httpx
+
+    from rexrag.retrieval.client import RemoteRetriever
+
+    try:
+        with RemoteRetriever(config.url, timeout=min(config.timeout, 10.0), retries=1) as retriever:
+            retriever.search(["test"], 1)
+    except (RetrievalError, httpx.HTTPError) as error:
+        raise ConfigError(f"retriever.url = '{config.url}' does not answer: {error}") from None
 
 
 def make_retriever(

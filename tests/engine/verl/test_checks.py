@@ -21,7 +21,6 @@ from rexrag.engine.verl.checks import (
     check_attention,
     check_devices,
     check_installed,
-    check_retriever,
     check_settings,
 )
 from rexrag.engine.verl.export import checkpoint_folder, export, merge_lora
@@ -29,6 +28,7 @@ from rexrag.engine.verl.launch import retriever_service, serving
 from rexrag.engine.verl.mapping import TABLE, settings
 from rexrag.engine.verl.records import question_of, question_row, rollout_of, rollout_record
 from rexrag.errors import ConfigError, ModelError
+from rexrag.retrieval import check_service
 from rexrag.setup import Data
 from rexrag.types import Question, Rollout, StopReason, Turn
 from tests.fakes import FakeRetriever, document
@@ -145,9 +145,9 @@ def test_a_gpu_needs_flash_attention_or_another_choice(monkeypatch):
 def test_a_retriever_that_does_not_answer():
     remote = configured(retriever__kind='"remote"', retriever__url='"http://127.0.0.1:9"').retriever
     with pytest.raises(ConfigError, match=r"retriever.url = 'http://127.0.0.1:9' does not answer"):
-        check_retriever(remote)
+        check_service(remote)
     with serving(FakeRetriever({"test": [document("a")]})) as url:
-        check_retriever(remote.model_copy(update={"url": url}))
+        check_service(remote.model_copy(update={"url": url}))
 
 
 def test_other_nodes_need_a_service_of_their_own():

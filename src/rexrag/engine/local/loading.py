@@ -75,11 +75,16 @@ def load_engine(config: Config) -> tuple[LocalPolicy, LocalLearner]:
 
 
 def codec_of(model: Any, folder: str) -> HFCodec:
-    """The tokenizer of a model. Raises ModelError where it has ids that the model does not know."""
+    """The tokenizer of a model. Raises ModelError where a text can have ids that the model does not know.
+
+    Special tokens but those that end a turn are never written, and some models lack rows for them.
+    """
     codec = load_codec(folder)
-    known, needed = model.get_input_embeddings().num_embeddings, len(codec.tokenizer)
-    if needed > known:
-        raise ModelError(f"{folder}: its tokenizer has {needed} tokens, its model only {known}")
+    special = {i for i, token in codec.tokenizer.added_tokens_decoder.items() if token.special}
+    written = set(codec.tokenizer.get_vocab().values()) - special | codec.eos_ids
+    known, largest = model.get_input_embeddings().num_embeddings, max(written, default=0)
+    if largest >= known:
+        raise ModelError(f"{folder}: its tokenizer has an id {largest}, its model {known} tokens")
     return codec
 
 
@@ -151,7 +156,7 @@ def _may_be_id(path: str) -> bool:
     """ "name" and "owner/name" can be ids on a hub; anything else was meant as a folder."""
     owner, slash, _ = path.partition("/")
     a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1
-    return bool(path) and not a_folder and not (slash and (owner in FOLDERS or Path(owner).is_dir()))
+    return bool(path) and not a_folder and not (slash and owner in FOLDERS)
 
 
 def identity(source: str) -> list[str]:

@@ -40,7 +40,11 @@ class LocalPolicy:
     def window(self) -> int | None:
         """Positions that the model was made for; None where its configuration does not say."""
         config = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
-        return getattr(config, "max_position_embeddings", None)
+        window = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if not window or window < 0 or rope.get("rope_type", "default") != "default":
+            return None  # scaled positions reach further, each kind by a rule of its own
+        return int(window)
 
     def session(self) -> LocalSession:
         return LocalSession(self.model, self._shape, self._saved_bytes)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-import httpx
-
-from rexrag.config import Config, RetrieverConfig
-from rexrag.errors import ConfigError, RetrievalError
-from rexrag.retrieval.client import RemoteRetriever
+from rexrag.config import Config
+from rexrag.errors import ConfigError
 
 PINS = {"verl": "0.9.1", "TransferQueue": "0.1.11", "ray": "2.60.0", "tensordict": "0.10.0"}
 """Versions that ran together; verl's extension points move from one release to the next."""
@@ -93,12 +90,3 @@ def check_attention(config: Config, device: str) -> None:
             'flash-attn is not installed, and verl runs it: pip install "verl[fsdp]==0.9.1"; or set, in '
             f"verl.overrides, '+{ATTENTION}' = 'sdpa' and '{MODEL}.use_remove_padding' = false"
         )
-
-
-def check_retriever(config: RetrieverConfig) -> None:
-    """Does the service answer a search? One short try: a run must not wait for it."""
-    try:
-        with RemoteRetriever(config.url, timeout=min(config.timeout, 10.0), retries=1) as retriever:
-            retriever.search(["test"], 1)
-    except (RetrievalError, httpx.HTTPError) as error:
-        raise ConfigError(f"retriever.url = '{config.url}' does not answer: {error}") from None

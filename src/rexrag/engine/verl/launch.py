@@ -21,7 +21,6 @@ from rexrag.engine.verl.checks import (
     check_attention,
     check_devices,
     check_installed,
-    check_retriever,
     check_settings,
 )
 from rexrag.engine.verl.cost import check_memory, shape_of
@@ -29,17 +28,20 @@ from rexrag.engine.verl.mapping import MODULES, PLUGIN, compose
 from rexrag.engine.verl.records import STATE_FILE, question_row
 from rexrag.errors import CheckpointError, ConfigError, DataError
 from rexrag.io import atomic_folder, write_json, write_jsonl
-from rexrag.retrieval import make_retriever
+from rexrag.retrieval import check_service, make_retriever
 from rexrag.retrieval.base import Retriever
 from rexrag.retrieval.service import create_app, listen
 from rexrag.runs import digest, environment, follow_config, last_row, open_run
 from rexrag.setup import Data, check_prompts, load_cues, load_data
-from rexrag.train import COUNTS, Progress, summarise
+from rexrag.train import COUNTS, Progress, summarise, warn_of_overlap
 from rexrag.types import Question
 
 
-def launch(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]:
-    """Train with verl into `folder` and return the summary. Raises RexragError before any process starts."""
+def launch(config: Config, folder: Path, resume: bool = False, restart: bool = False) -> dict[str, Any]:
+    """Train with verl into `folder` and return the summary. Raises RexragError before any process starts.
+
+    restart: what a run left there that had saved nothing makes way.
+    """
     check_installed()
     check_settings(config)
     folder = folder.absolute()
@@ -71,7 +73,7 @@ def launch(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]
                 "policy": config.policy.model_copy(update={"path": model_folder(source, folder)}),
             }
         )
-        check_retriever(served.retriever)
+        check_service(served.retriever)
         digests = {
             "train": questions_digest(data.train),
             "dev": questions_digest(data.dev),
@@ -80,15 +82,16 @@ def launch(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]
             "model": digest(*identity(source)),
         }
         tree = compose(served, folder, digests, resume)
-        open_run(folder, config, resume)
-        if resume:
-            follow_config(folder, config, check_checkpoint(folder / "checkpoints", digests))
-        else:
-            write_json(folder / "environment.json", environment(**digests))
-        name_architecture(source, folder)
-        write_questions(folder / "verl" / "train.jsonl", data.train, config)
-        write_questions(folder / "verl" / "dev.jsonl", data.dev or data.train[:1], config)
-        run(tree)
+        with open_run(folder, config, resume=resume, restart=restart):
+            warn_of_overlap(data)
+            if resume:
+                follow_config(folder, config, check_checkpoint(folder / "checkpoints", digests))
+            else:
+                write_json(folder / "environment.json", environment(**digests))
+            name_architecture(source, folder)
+            write_questions(folder / "verl" / "train.jsonl", data.train, config)
+            write_questions(folder / "verl" / "dev.jsonl", data.dev or data.train[:1], config)
+            run(tree)
     row = last_row(folder / "metrics.jsonl")
     counts = {name: row[name] for name in (*COUNTS, "seconds")}
     return summarise(config, folder, Progress(**counts))
