@@ -317,6 +317,8 @@ def test_every_command_has_help_with_an_example(run):
 
 def test_tools_print_what_they_found(run, files, monkeypatch):
     folder, _ = files
+    code, _, err = run("index", "build", folder / "corpus.jsonl", "--out", folder / "train.jsonl" / "index")
+    assert code == 2 and "train.jsonl" in err and "GB" not in err  # not how large a disk is
     assert "2 documents" in run("index", "build", folder / "corpus.jsonl", "--out", folder / "index")[1]
     code, out, _ = run("retrieve", "city in Norway", "--index", folder / "index", "-k", 1, "--json")
     assert code == 0 and json.loads(out)[0][0]["id"] == "1"

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from rexrag.errors import ConfigError, DataError
+from rexrag.io import check_writable
 from rexrag.retrieval.bm25 import split_words
 from rexrag.retrieval.build import MANY_PASSAGES, BuildOptions
 from rexrag.retrieval.corpus import read_corpus
@@ -52,8 +53,12 @@ class Plan:
 
 
 def plan(corpus: str | Path, out: str | Path, options: BuildOptions) -> Plan:
-    """Estimate. Raises DataError where the first rows are wrong, ConfigError where the disk is too small."""
+    """Estimate. Raises DataError where the first rows are wrong, ConfigError where the disk is too small.
+
+    OSError where nothing can be made at `out`.
+    """
     size = _size(corpus)
+    check_writable(out)
     begun = time.perf_counter()
     rows = list(islice(read_corpus(corpus), SAMPLE))
     reading = (time.perf_counter() - begun) / len(rows)
