@@ -21,6 +21,7 @@ from rexrag.comparison import COMPARED, differences
 from rexrag.config import SPENT
 from rexrag.intervals import differs
 from rexrag.io import write_text
+from rexrag.types import Segment
 
 Rows = list[dict[str, Any]]
 KEPT = ("em_before", *COMPARED, "steps", *SPENT.values(), "curve", "diagnostics")
@@ -76,9 +77,6 @@ def table(rows: Rows, control: str) -> str:
     return "\n".join(lines)
 
 
-SEGMENTS = ("base", "prefix", "cue", "suffix")
-
-
 def on_the_way(rows: Rows) -> str:
     """Markdown: what happened while the arms trained, means over runs."""
     head = ("arm", "dead ends", "all-wrong groups, before → after probes", "probes right", "kept", "ESS",
@@ -100,7 +98,7 @@ def on_the_way(rows: Rows) -> str:
             *map(mean, ("probes/success", "probes/kept_share", "ess", "searches/mean")),
             mean("kl_to_start", ".3f"), mean("steps", ".1f"), mean("rollouts", ",.0f"),
             mean("spent_tokens", ",.0f"), cue if cue == "–" else f"{cue} ({mean('clip/cue', '.0%')})",
-            " / ".join(mean(f"gradient/{segment}") for segment in SEGMENTS),
+            " / ".join(mean(f"gradient/{segment.name.lower()}") for segment in Segment),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

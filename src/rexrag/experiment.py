@@ -29,7 +29,7 @@ from rexrag.config import ENDLESS, Budget, Config
 from rexrag.config_io import dump_toml
 from rexrag.errors import ConfigError, RunFolderError
 from rexrag.io import write_json, write_text
-from rexrag.runs import clear_unsaved, has_checkpoint, held
+from rexrag.runs import clear_unsaved, has_checkpoint
 
 LIMITS: dict[Budget, str] = {
     "rollouts": "max_rollouts",
@@ -205,9 +205,6 @@ def _run_one(config: Config, folder: Path, runs: _Runs) -> None:
 
     Raises RunFolderError where the run fails, or is still going: its comparison was killed, and it was not.
     """
-    if folder.is_dir():
-        with held(folder):  # refused here, by its name, and not in a log
-            pass
     resume = has_checkpoint(folder)
     settings = folder.with_suffix(".toml")
     write_text(settings, dump_toml(config))

@@ -25,11 +25,6 @@ from typing import Any
 
 import zstandard
 
-try:
-    import fcntl
-except ImportError:  # no such locks on Windows
-    fcntl = None  # type: ignore[assignment]
-
 from rexrag import __version__
 from rexrag.config import Config
 from rexrag.config_io import dump_toml, load_config
@@ -48,25 +43,35 @@ def open_run(folder: Path, config: Config, *, resume: bool, restart: bool = Fals
     With `restart`, what a run left that had saved nothing makes way. Raises RunFolderError with one line, and
     leaves a folder that it refuses as it is.
     """
-    if resume and not (folder / "config.toml").is_file():
-        raise RunFolderError(f"{folder}: no run to resume there (it has no config.toml)")
+    if resume:
+        check_resumable(folder)
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder}: a file stands there; choose another --out")
-    try:
+    with _said_in_a_line(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from None
     with held(folder):
         if restart:
             _clear(folder)
         elif not resume and any(folder.iterdir()) and not _is_cleared(folder):
             raise RunFolderError(f"{folder} is not empty; pass --resume to continue it, or another --out")
         if not resume:
-            try:
+            with _said_in_a_line(folder):
                 write_text(folder / "config.toml", dump_toml(config))
-            except OSError as error:
-                raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from None
         yield
+
+
+@contextmanager
+def _said_in_a_line(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def check_resumable(folder: Path) -> None:
+    """Raises RunFolderError where no run was."""
+    if not (folder / "config.toml").is_file():
+        raise RunFolderError(f"{folder}: no run to resume there (it has no config.toml)")
 
 
 @contextmanager
@@ -76,9 +81,11 @@ def held(folder: Path) -> Iterator[None]:
     The lock is the system's, on the folder itself: it leaves no file, and a kill cannot leave it behind. File
     systems without such locks (NFS), and Windows, have none.
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         yield
         return
+    import fcntl
+
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -14,7 +14,7 @@ from rexrag.config import ENDLESS, SPENT, Budget, Config
 from rexrag.config_io import dump_toml, load_config
 from rexrag.errors import ConfigError
 from rexrag.io import write_text
-from rexrag.runs import free_folder, has_checkpoint
+from rexrag.runs import check_resumable, free_folder, has_checkpoint
 from rexrag.tracking import CONTROL
 
 ConfigArgument = Annotated[
@@ -74,8 +74,7 @@ def train(
             raise ConfigError(
                 f"--resume goes on with {out / 'config.toml'}, not {config}; change it with --set"
             )
-        if not (out / "config.toml").is_file():
-            raise ConfigError(f"{out}: no run to resume there (it has no config.toml)")
+        check_resumable(out)
         settings = presets.resolve(out / "config.toml", arm, overrides)
         control = _kept_control(settings, out, overrides)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ class LocalPolicy:
     @property
     def window(self) -> int | None:
         """Positions that the model was made for; None where its configuration does not say."""
-        config = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+        model: Any = self.model
+        config = model.config.get_text_config()
         window = getattr(config, "max_position_embeddings", None)
         rope = getattr(config, "rope_parameters", None) or {}
         if not window or window < 0 or rope.get("rope_type", "default") != "default":
