@@ -195,10 +195,7 @@ def account(
     learned: the learner's figures. seconds: of the whole step.
     """
     figures = {**describe(collected), **learned}
-    _count(progress, collected, seconds)
-    # Tokens that the reference model of a KL term read: a scoring pass like others.
-    progress.prefilled_tokens += int(learned.get("reference_tokens", 0))
-    progress.spent_tokens = progress.generated_tokens + progress.prefilled_tokens
+    _count(progress, collected, seconds, int(learned.get("reference_tokens", 0)))
     progress.probe_accuracy = update_probe_accuracy(
         progress.probe_accuracy,
         int(figures["probes/kept_right"]),
@@ -212,10 +209,11 @@ def account(
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
 
 
-def _count(progress: Progress, collected: Collected, seconds: float) -> None:
+def _count(progress: Progress, collected: Collected, seconds: float, reference_tokens: int = 0) -> None:
+    """reference_tokens: read by the reference model of a KL term, a scoring pass like others."""
     progress.step += 1
     progress.generated_tokens += collected.generated_tokens
-    progress.prefilled_tokens += collected.prefilled_tokens
+    progress.prefilled_tokens += collected.prefilled_tokens + reference_tokens
     progress.spent_tokens = progress.generated_tokens + progress.prefilled_tokens
     progress.rollouts += len(collected.base) + len(collected.probes)
     progress.seconds += seconds
