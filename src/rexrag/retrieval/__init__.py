@@ -4,7 +4,7 @@
 |---|---|
 | `base` | the `Retriever` protocol; a retriever as a ranker of places and the documents at them |
 | `corpus`, `documents` | reading `corpus.jsonl`, its digest; passages in a mapped file |
-| `bm25`, `disk` | BM25 in memory (bm25s), on disk (tantivy) |
+| `bm25`, `disk`, `fast` | BM25 in memory (bm25s), on disk (tantivy), approximate (Seismic) |
 | `encoder`, `dense` | texts to vectors; exact and approximate search of them |
 | `fusion` | reciprocal rank fusion |
 | `index`, `build`, `plan` | the index folder: opened, built, and what building it will need |

@@ -9,6 +9,7 @@ encoder also go on inside a stage, from their last commit.
 | documents | all | 16 bytes a passage |
 | words | bm25 | all word numbers and scores: see `plan` |
 | words | bm25-disk | the writer's heap |
+| words | bm25-fast | all (word, passage) pairs and the index: see `plan` |
 | vectors | dense | a chunk of passages and the encoder |
 | ann | dense, not flat | the approximate index |
 """
@@ -32,7 +33,8 @@ from rexrag.retrieval.documents import StoredDocuments, write_documents
 from rexrag.retrieval.fusion import FusionOptions
 from rexrag.retrieval.index import refuse_other_folder, write_manifest
 
-KINDS = ("bm25", "bm25-disk", "dense", "hybrid")
+LEXICAL = ("bm25", "bm25-disk", "bm25-fast")
+KINDS = (*LEXICAL, "dense", "hybrid")
 MANY_PASSAGES = 200_000
 """From here on bm25-disk: bm25 needs all words in memory to build, and a search adds up all their scores."""
 STATE = "build.json"
@@ -63,12 +65,12 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"--kind {self.kind}: expected one of {', '.join(KINDS)}")
-        if self.lexical not in ("bm25", "bm25-disk"):
-            raise ConfigError(f"lexical is '{self.lexical}'; expected bm25 or bm25-disk")
+        if self.lexical not in LEXICAL:
+            raise ConfigError(f"lexical is '{self.lexical}'; expected one of {', '.join(LEXICAL)}")
         if self.dense_part and not self.encoder:
             raise ConfigError(f"--kind {self.kind} needs --encoder, a sentence-transformers folder or id")
         if self.lexical_part == "bm25-disk" and (self.bm25.k1, self.bm25.b) != (1.2, 0.75):
-            raise ConfigError("bm25-disk has k1 = 1.2 and b = 0.75 only; take --kind bm25 to change them")
+            raise ConfigError("bm25-disk has k1 = 1.2 and b = 0.75 only; bm25 and bm25-fast take others")
 
     @property
     def lexical_part(self) -> str:
@@ -137,6 +139,14 @@ def _lexical(
             ranker = BM25Ranker.build(stored.texts(), options.bm25, counted)
             ranker.scorer.save(folder, allow_pickle=False, show_progress=False)
             _finish(folder, state, "words", dict(ranker.identity))
+    elif options.lexical_part == "bm25-fast":
+        from rexrag.retrieval.fast import FastOptions, build_seismic
+
+        if "words" not in state:
+            fast = FastOptions()
+            build_seismic(folder, stored.texts(), options.bm25, fast, counted)
+            recorded = {"documents": len(stored), "bm25": asdict(options.bm25), "fast": asdict(fast)}
+            _finish(folder, state, "words", recorded)
     else:
         from rexrag.retrieval.disk import build_tantivy
 

@@ -6,6 +6,7 @@
 | `documents.*` | all | the passages (`documents.py`) |
 | `*.csc.index.npy`, `vocab.index.json`, `params.index.json` | bm25 | as bm25s writes them, without pickle |
 | `tantivy/` | bm25-disk | as tantivy writes it |
+| `fast.*` | bm25-fast | as Seismic writes it, words and their weights; read, not mapped |
 | `vectors.npy`, `ann.faiss` | dense | unit vectors; a faiss index where the search is approximate |
 
 A `hybrid` folder holds the files of both its parts. Only folders of this format are opened, and nothing in
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from rexrag.retrieval.documents import StoredDocuments, write_documents
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-PACKAGES = ("bm25s", "tantivy", "faiss-cpu", "sentence-transformers")
+PACKAGES = ("bm25s", "tantivy", "pyseismic-lsr", "faiss-cpu", "sentence-transformers")
 
 
 def save_index(retriever: BM25Retriever, folder: str | Path) -> Path:
@@ -102,8 +104,8 @@ def load_index(
             f"{corpus_digest[:12]}…); build the index again"
         )
     _check_files(folder, manifest["files"], verify)
-    if manifest["kind"] in ("dense", "hybrid"):
-        import rexrag.retrieval.dense  # noqa: F401 - here, because a missing extra is no damage
+    for kind in {manifest["kind"], *manifest["options"].get("parts", ())} & EXTRAS.keys():
+        import_module(EXTRAS[kind])  # here, because a missing extra is no damage
     try:
         documents = StoredDocuments(folder)
         ranker = OPENERS[manifest["kind"]](folder, manifest["options"], encoder)
@@ -167,6 +169,14 @@ def _open_tantivy(folder: Path, given: Mapping[str, Any], encoder: str) -> Ranke
     return TantivyRanker(folder)
 
 
+def _open_seismic(folder: Path, given: Mapping[str, Any], encoder: str) -> Ranker:
+    from rexrag.retrieval.fast import FastOptions, SeismicRanker
+
+    bm25 = BM25Options(**given["bm25"])
+    _check_words(folder, bm25.words)
+    return SeismicRanker(folder, int(given["documents"]), bm25, FastOptions(**given["fast"]))
+
+
 def _open_dense(folder: Path, given: Mapping[str, Any], encoder: str) -> Ranker:
     from rexrag.retrieval.dense import DenseOptions, DenseRanker
     from rexrag.retrieval.encoder import Encoder, EncoderCard
@@ -196,10 +206,13 @@ def _open_hybrid(folder: Path, given: Mapping[str, Any], encoder: str) -> Ranker
 OPENERS: dict[str, Callable[[Path, Mapping[str, Any], str], Ranker]] = {
     "bm25": _open_bm25,
     "bm25-disk": _open_tantivy,
+    "bm25-fast": _open_seismic,
     "dense": _open_dense,
     "hybrid": _open_hybrid,
 }
 """How a kind of index is opened: (folder, options of the manifest, encoder or "")."""
+EXTRAS = {"bm25-fast": "rexrag.retrieval.fast", "dense": "rexrag.retrieval.dense"}
+"""Modules that need an extra, by the kind of index they open."""
 
 
 def _check_words(folder: Path, words: str) -> None:
