@@ -89,6 +89,9 @@ PROMISED = {
     "rex-rag-rescue": PAPER
     | {"realignment": "internalize", "tail": "unclipped", "filter": "right", "probe_groups": "all-wrong"}
     | {"keep_per_group": 1, "probe_target": 0.2, "probe_probability": 0.5},
+    "rex-rag-rescue-paper": PAPER
+    | {"filter": "right", "probe_groups": "all-wrong"}
+    | {"keep_per_group": 1, "probe_target": 0.2, "probe_probability": 0.5},
 }
 
 
