@@ -12,6 +12,8 @@ prefills it again, in one left-padded batch; a probe starts from its text.
 Cost: seconds (or tokens read and sampled by the model, padding included) of a probe over those of a rollout.
 Share of new: tokens that are new in a probe (sampled, cue, evidence) over all tokens of a rollout (prompt
 counted once for its group). The goal is a cost in seconds of at most that share + 0.10.
+Share of sampled: tokens sampled in a probe over those of a rollout. Forwards: those of the whole batch
+of probes over those of the batch of rollouts, which time follows where a few long rows run on alone.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from rexrag.engine.local.loading import load_policy, resolve
 from rexrag.engine.local.policy import LocalPolicy
 from rexrag.retrieval.base import Retriever
 from rexrag.setup import load_cues
-from rexrag.types import Question
+from rexrag.types import Origin, Question
 from turns import Generate, drive
 
 Run = Callable[[Sequence[Episode], int], int]
@@ -91,24 +93,26 @@ def one_round(
     config: Config,
     probability: float,
     seed: int,
+    forwards: list[int],
 ) -> dict[str, float]:
-    """Rollouts, then probes of them."""
+    """Rollouts, then probes of them. `forwards` grows by one entry with each forward of the model."""
     trie = load_cues(config, policy.codec)
     assert trie is not None
     episodes = [
         Episode(question, policy.codec, config.agent, config.retriever.topk) for question in questions
     ]
-    start = time.perf_counter()
+    before, start = len(forwards), time.perf_counter()
     base_tokens = run(episodes, seed)
-    base_seconds = time.perf_counter() - start
+    base_seconds, base_forwards = time.perf_counter() - start, len(forwards) - before
     probes = forks(episodes, trie.cues, probability, seed)
     if not probes:
         raise SystemExit("no rollout answered, or the coin spared them all: there is nothing to probe")
-    start = time.perf_counter()
+    before, start = len(forwards), time.perf_counter()
     probe_tokens = run(probes, seed + 1)
-    probe_seconds = time.perf_counter() - start
+    probe_seconds, probe_forwards = time.perf_counter() - start, len(forwards) - before
     base, cut = Work.of([e.rollout() for e in episodes]), sum(p.cut for p in probes)
     new = sum(len(p.tokens) for p in probes) - cut
+    sampled = sum(p.rollout().origins[p.cut :].count(Origin.POLICY) for p in probes) / len(probes)
     share = (new / len(probes)) / ((base.prompts + base.generated + base.appended) / len(episodes))
     cost = (probe_seconds / len(probes)) / (base_seconds / len(episodes))
     return {
@@ -121,6 +125,8 @@ def one_round(
         "cost": cost,
         "token_cost": (probe_tokens / len(probes)) / (base_tokens / len(episodes)),
         "share_of_new": share,
+        "share_of_sampled": sampled / (base.generated / len(episodes)),
+        "forwards": probe_forwards / base_forwards,
         "above_share": cost - share,
     }
 
@@ -136,20 +142,36 @@ def main() -> None:
     policy = load_policy(config.policy)
     temperature = config.agent.temperature
     engine = Generate(resolve(args.model), policy.codec, DTYPES[args.dtype], temperature)  # type: ignore[arg-type]
+    forwards: list[int] = []
+    for model in (policy.model, engine.model):
+        model.base_model.register_forward_hook(lambda *_: forwards.append(1))
     runs: dict[str, list[dict[str, float]]] = {"local": [], "official": []}
     for number in range(-1, args.rounds):  # round -1 warms up and is not counted
         chosen = grouped(questions, args.rollouts, args.group, number * args.rollouts // args.group)
         for name in runs if number % 2 else [*runs][::-1]:
             opened = local(policy, retriever, temperature)
             run, close = opened if name == "local" else official(engine, policy, retriever)
-            found = one_round(run, chosen, policy, config, args.probability, args.seed + 2 * number + 2)
+            seed = args.seed + 2 * number + 2
+            found = one_round(run, chosen, policy, config, args.probability, seed, forwards)
             close()
             if number >= 0:
                 runs[name].append(found)
                 print(f"  round {number + 1}, {name}: cost {found['cost']:.3f}", file=sys.stderr)
     middle = {name: {key: median(r[key] for r in of) for key in of[0]} for name, of in runs.items()}
-    header = ("", "s/rollout", "s/probe", "cost", "lowest–highest", "token cost", "new", "above")
-    keys = ("rollout_s", "probe_s", "cost", "", "token_cost", "share_of_new", "above_share")
+    header = (
+        "",
+        "s/rollout",
+        "s/probe",
+        "cost",
+        "lowest–highest",
+        "token cost",
+        "new",
+        "sampled",
+        "forwards",
+        "above",
+    )
+    keys = ["rollout_s", "probe_s", "cost", "", "token_cost"]
+    keys += ["share_of_new", "share_of_sampled", "forwards", "above_share"]
     probes = middle["local"]["probes"]
     print(f"{args.model}: {args.rollouts} rollouts, {probes:.0f} probes, {args.rounds} rounds")
     rows = [

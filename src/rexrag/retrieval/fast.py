@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rexrag.errors import ConfigError, DataError, IndexFolderError
 from rexrag.io import write_json
@@ -37,7 +36,7 @@ except ImportError:
 
 VECTORS, WORDS, WEIGHTS = "fast", "fast.words.json", "fast.weights.npy"
 """Seismic's file (it adds `.index.seismic`), the words, what each counts in a query (float32 [V])."""
-TIES = 8
+TIES = 2
 """Further hits that are asked for, so that equal passages at the border are settled by place."""
 CHUNK = 10_000
 """Passages handed to Seismic at once."""
@@ -55,7 +54,7 @@ class FastOptions:
     """Blocks of similar passages for each passage that a word keeps."""
     summary: float = 0.1
     """Share of its weight that the summary of a block holds."""
-    followed: int = 6
+    followed: int = 5
     """Words of a query that are followed, the rarest first; the others count in scores all the same."""
     promise: float = 0.7
     """A block is looked at where its summary promises this share of the k-th best score so far."""
@@ -72,7 +71,7 @@ class SeismicRanker:
         try:
             words = json.loads((folder / WORDS).read_text(encoding="utf-8"))
             self.numbers = {word: number for number, word in enumerate(words)}
-            self.weights: NDArray[np.float32] = np.load(folder / WEIGHTS, allow_pickle=False)
+            self.weights: list[float] = np.load(folder / WEIGHTS, allow_pickle=False).tolist()
             _, index = _classes(len(words))
             self.index = index.load(str(folder / f"{VECTORS}.index.seismic"))
         except (OSError, ValueError) as error:
@@ -92,11 +91,13 @@ class SeismicRanker:
         text = seismic.get_seismic_string()
         asked = []
         for number, query in enumerate(queries):
-            known = Counter(self.numbers[word] for word in split_words(query) if word in self.numbers)
+            known = Counter(word for word in split_words(query) if word in self.numbers)
             if known:
-                words = np.fromiter(known, np.int64, len(known))
-                counts = np.fromiter(known.values(), np.float32, len(known))
-                asked.append((str(number), words.astype(text), counts * self.weights[words]))
+                words = [self.numbers[word] for word in known]
+                values = [
+                    count * self.weights[word] for word, count in zip(words, known.values(), strict=True)
+                ]
+                asked.append((str(number), np.array([*map(str, words)], text), np.array(values, np.float32)))
         hits: list[Hits] = [[] for _ in queries]
         if not asked:
             return hits
