@@ -1,6 +1,7 @@
 """bm25-fast scores as BM25 does; what it leaves out is little where words are as rare as in real text."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,6 +73,49 @@ def test_little_is_missed_where_most_words_are_rare(tmp_path: Path) -> None:
     pairs = zip(found.search(queries, 3), memory.search(queries, 3), strict=True)
     kept = [len({d.id for d in ours} & {d.id for d in exact}) / 3 for ours, exact in pairs]
     assert np.mean(kept) > 0.9
+
+
+def build_by_command(corpus: Path, out: Path, *more: str) -> tuple[str, str]:
+    command = [
+        sys.executable,
+        "-m",
+        "rexrag",
+        "index",
+        "build",
+        str(corpus),
+        "--out",
+        str(out),
+        "--kind",
+        "bm25-fast",
+    ]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, check=True)
+    return done.stdout, done.stderr
+
+
+def test_a_build_says_what_it_misses(tmp_path: Path) -> None:
+    common = np.random.default_rng(0).integers(0, 12, (8000, 6))  # each word is in a third of the passages
+    rows = [(str(place), " ".join(f"w{word}" for word in row)) for place, row in enumerate(common)]
+    corpus = write(tmp_path / "common.jsonl", rows)
+    out, said = build_by_command(corpus, tmp_path / "a", "--json")
+    assert json.loads(out)["recall"] < 0.9
+    assert "warning: bm25-fast misses more than a tenth" in said
+    rows = [(str(place), text) for place, text in enumerate(zipf_texts(4000, 100_000))]
+    corpus = write(tmp_path / "rare.jsonl", rows)
+    out, said = build_by_command(corpus, tmp_path / "b")
+    assert "of the ten best passages (64 sampled queries)" in out
+    assert "misses" not in said
+
+
+def test_the_recall_of_a_build_is_that_of_its_searches(corpus: Path, world: World, tmp_path: Path) -> None:
+    """Counted again with another index of the same corpus, and queries of whole questions."""
+    facts = build_index(corpus, tmp_path / "index", FAST)
+    found, memory = load_index(tmp_path / "index"), BM25Retriever.build(world.documents)
+    queries = [question.text for question in world.questions("train", 100)]
+    shares = []
+    for ours, exact in zip(found.search(queries, 10), memory.search(queries, 10), strict=True):
+        border = exact[-1].score * (1 - 2e-3)
+        shares.append(sum(document.score >= border for document in ours) / len(exact))
+    assert facts["recall"] == pytest.approx(np.mean(shares), abs=0.12)
 
 
 def test_a_large_vocabulary_has_its_own_layout() -> None:

@@ -90,7 +90,7 @@ def build_index(
     documents: int = 0,
     restart: bool = False,
 ) -> dict[str, Any]:
-    """Build or go on building; returns {"documents", "corpus_digest", "bytes"}.
+    """Build or go on building; returns {"documents", "corpus_digest", "bytes"}, of bm25-fast "recall" too.
 
     `documents` is an estimate for the progress of the first stage. `restart` throws away what an earlier call
     left. Raises DataError (corpus), ConfigError (options), ModelError (encoder), and IndexFolderError where
@@ -125,7 +125,8 @@ def build_index(
         replace_folder(partial, out)
         (out / STATE).unlink(missing_ok=True)  # last: until then the same command goes on
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    return {"documents": len(stored), "corpus_digest": state["corpus_digest"], "bytes": size}
+    facts = {"documents": len(stored), "corpus_digest": state["corpus_digest"], "bytes": size}
+    return facts | {"recall": state["words"]["recall"]} if options.lexical_part == "bm25-fast" else facts
 
 
 def _lexical(
@@ -144,9 +145,9 @@ def _lexical(
 
         if "words" not in state:
             fast = FastOptions()
-            build_seismic(folder, stored.texts(), options.bm25, fast, counted)
+            recall = build_seismic(folder, stored.texts(), options.bm25, fast, counted)
             recorded = {"documents": len(stored), "bm25": asdict(options.bm25), "fast": asdict(fast)}
-            _finish(folder, state, "words", recorded)
+            _finish(folder, state, "words", {**recorded, "recall": recall})
     else:
         from rexrag.retrieval.disk import build_tantivy
 

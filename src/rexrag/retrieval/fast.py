@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,8 +41,14 @@ TIES = 2
 """Further hits that are asked for, so that equal passages at the border are settled by place."""
 CHUNK = 10_000
 """Passages handed to Seismic at once."""
+SAMPLES, SAMPLED_WORDS, SAMPLED_TOP = 64, 5, 10
+"""Queries on which a build measures its recall, words of a passage each; best passages that it looks for."""
 SMALL_VOCABULARY = 1 << 16
 """Up to so many words a number takes two bytes."""
+
+
+Asked = tuple[int, list[int], list[float]]
+"""A query's number, its words, and what each of them counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +95,7 @@ class SeismicRanker:
 
     def rank(self, queries: Sequence[str], topk: int) -> list[Hits]:
         """Places that share a word with the query, by score, then by place; some may be missing."""
-        text = seismic.get_seismic_string()
-        asked = []
+        asked: list[Asked] = []
         for number, query in enumerate(queries):
             known = Counter(word for word in split_words(query) if word in self.numbers)
             if known:
@@ -97,23 +103,30 @@ class SeismicRanker:
                 values = [
                     count * self.weights[word] for word, count in zip(words, known.values(), strict=True)
                 ]
-                asked.append((str(number), np.array([*map(str, words)], text), np.array(values, np.float32)))
-        hits: list[Hits] = [[] for _ in queries]
-        if not asked:
-            return hits
-        names, parts, values = zip(*asked, strict=True)
-        for found in self.index.batch_search(
-            np.array(names, dtype=text),
-            list(parts),
-            list(values),
-            k=topk + TIES,
-            query_cut=self.options.followed,
-            heap_factor=self.options.promise,
-        ):
-            if found:  # in any order, each hit with the name of its query
-                best = sorted((-score, int(place)) for _, score, place in found)
-                hits[int(found[0][0])] = [(place, -score) for score, place in best[:topk]]
+                asked.append((number, words, values))
+        return _search(self.index, len(queries), asked, topk, self.options)
+
+
+def _search(
+    index: Any, queries: int, asked: Sequence[Asked], topk: int, options: FastOptions | None = None
+) -> list[Hits]:
+    """Best places of each of so many queries, by score, then by place; exact (a data set) without options."""
+    hits: list[Hits] = [[] for _ in range(queries)]
+    if not asked:
         return hits
+    text = seismic.get_seismic_string()
+    effort = {"query_cut": options.followed, "heap_factor": options.promise} if options else {}
+    for found in index.batch_search(
+        np.array([str(number) for number, _, _ in asked], text),
+        [np.array([*map(str, words)], text) for _, words, _ in asked],
+        [np.array(values, np.float32) for _, _, values in asked],
+        k=topk + TIES,
+        **effort,
+    ):
+        if found:  # in any order, each hit with the name of its query
+            best = sorted((-score, int(place)) for _, score, place in found)
+            hits[int(found[0][0])] = [(place, -score) for score, place in best[:topk]]
+    return hits
 
 
 def build_seismic(
@@ -122,8 +135,12 @@ def build_seismic(
     bm25: BM25Options,
     options: FastOptions,
     counted: Callable[[int], None] | None = None,
-) -> None:
-    """Index the texts, in order. Raises DataError where there is no word to index."""
+) -> float:
+    """Index the texts, in order; returns the recall. Raises DataError where there is no word to index.
+
+    The recall is measured on queries of a few words of a passage each: the share of the SAMPLED_TOP best
+    passages that a search finds, or of others that score as high.
+    """
     vocabulary, chunks = _count(texts, counted)
     if not vocabulary:
         documents = sum(len(chunk.lengths) for chunk in chunks)
@@ -132,6 +149,7 @@ def build_seismic(
     containing = sum(np.bincount(chunk.words, minlength=len(vocabulary)) for chunk in chunks)
     norms = bm25.k1 * (1 - bm25.b + bm25.b * lengths / lengths.mean())
     weights = np.log(1 + (len(lengths) - containing + 0.5) / (containing + 0.5))
+    asked = [(number, words, weights[words].tolist()) for number, words in enumerate(_samples(chunks))]
     dataset_class, index_class = _classes(len(vocabulary))
     dataset = dataset_class(len(vocabulary))
     place = pairs = 0
@@ -146,6 +164,7 @@ def build_seismic(
             np.concatenate([[0], np.cumsum(chunk.sizes)]),
         )
         place, pairs = here.stop, pairs + len(counts)
+    exact = _search(dataset, len(asked), asked, SAMPLED_TOP)
     # Seismic also drops the values that are lowest of all words'; `average` is so high that none is.
     average = -(-pairs // len(vocabulary))
     with _quiet():
@@ -159,6 +178,29 @@ def build_seismic(
         index.save(str(folder / VECTORS))
     np.save(folder / WEIGHTS, weights.astype(np.float32), allow_pickle=False)
     write_json(folder / WORDS, list(vocabulary))
+    return _recall(exact, _search(index, len(asked), asked, SAMPLED_TOP, options))
+
+
+def _samples(chunks: Sequence[_Chunk]) -> list[list[int]]:
+    """A few words of some passages that lie evenly over the corpus."""
+    rng = random.Random(0)
+    passages = sum(len(chunk.sizes) for chunk in chunks)
+    words = []
+    for place in range(0, passages, -(-passages // SAMPLES)):
+        chunk, row = chunks[place // CHUNK], place % CHUNK
+        start = sum(chunk.sizes[:row])
+        found = list(chunk.words[start : start + chunk.sizes[row]])
+        if found:
+            words.append(rng.sample(found, min(SAMPLED_WORDS, len(found))))
+    return words
+
+
+def _recall(exact: Sequence[Hits], found: Sequence[Hits]) -> float:
+    shares = []
+    for best, ours in zip(exact, found, strict=True):
+        border = best[-1][1] * (1 - 2e-3)  # half precision
+        shares.append(sum(score >= border for _, score in ours) / len(best))
+    return float(np.mean(shares))
 
 
 @dataclass(slots=True)
