@@ -61,8 +61,8 @@ def retrieve(
 
 FEWEST_FOUND = 0.9
 MISSES = (
-    "bm25-fast misses more than a tenth of the best passages here, as words of this corpus are in too many of "
-    "them; bm25-disk misses next to none"
+    "bm25-fast misses more than a tenth of the best passages here, as words of this corpus are in too many "
+    "of them; bm25-disk misses next to none"
 )
 
 
