@@ -27,6 +27,7 @@ NEEDED = (
     "peft",
 )
 OPTIONAL = {
+    "pyseismic-lsr": ("bm25-fast retrieval", "pip install -e '.[fast]'"),
     "sentence-transformers": ("dense and hybrid retrieval: encoders", "pip install -e '.[dense]'"),
     "faiss-cpu": ("dense and hybrid retrieval: vector search", "pip install -e '.[dense]'"),
     "gguf": ("importing GGUF weights", "pip install gguf"),

@@ -95,6 +95,7 @@ def index_build(
     Examples:
       rexrag index build corpus.jsonl --out indexes/wiki
       rexrag index build wiki18.jsonl --out indexes/wiki18 --kind bm25-disk --dry-run
+      rexrag index build corpus.jsonl --out indexes/fast --kind bm25-fast
       rexrag index build corpus.jsonl --out indexes/e5 --kind dense --encoder intfloat/e5-base-v2 --ann hnsw
       rexrag index build corpus.jsonl --out indexes/both --kind hybrid --encoder intfloat/e5-base-v2
     """
