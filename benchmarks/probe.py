@@ -158,18 +158,8 @@ def main() -> None:
                 runs[name].append(found)
                 print(f"  round {number + 1}, {name}: cost {found['cost']:.3f}", file=sys.stderr)
     middle = {name: {key: median(r[key] for r in of) for key in of[0]} for name, of in runs.items()}
-    header = (
-        "",
-        "s/rollout",
-        "s/probe",
-        "cost",
-        "lowest–highest",
-        "token cost",
-        "new",
-        "sampled",
-        "forwards",
-        "above",
-    )
+    header = ["", "s/rollout", "s/probe", "cost", "lowest–highest"]
+    header += ["token cost", "new", "sampled", "forwards", "above"]
     keys = ["rollout_s", "probe_s", "cost", "", "token_cost"]
     keys += ["share_of_new", "share_of_sampled", "forwards", "above_share"]
     probes = middle["local"]["probes"]

@@ -219,7 +219,7 @@ def dense_reference(index: Path, queries: list[str], encoder: str) -> list[NDArr
 
 def compare(corpus: Path, questions: Path, args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     engines = [*ENGINES, *(DENSE if args.encoder else ())]
-    if not find_spec("seismic"):
+    if not args.engines and not find_spec("seismic"):
         engines.remove("seismic")
     if args.engines:
         engines = [engine for engine in engines if engine in args.engines.split(",")]

@@ -63,8 +63,12 @@ def test_scores_are_bm25_s(bm25: BM25Options, corpus: Path, world: World, tmp_pa
     assert np.mean(shares) > 0.9
 
 
-def test_little_is_missed_where_most_words_are_rare(tmp_path: Path) -> None:
-    texts = zipf_texts(4000, 100_000)  # more words than the small layout has numbers for
+@pytest.mark.parametrize("small_vocabulary", [1 << 16, 100])  # the second: Seismic's layout of large ones
+def test_little_is_missed_where_most_words_are_rare(
+    small_vocabulary: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "SMALL_VOCABULARY", small_vocabulary)
+    texts = zipf_texts(4000, 100_000)
     corpus = write(tmp_path / "c.jsonl", [(str(place), text) for place, text in enumerate(texts)])
     build_index(corpus, tmp_path / "index", FAST)
     found = load_index(tmp_path / "index")
@@ -76,19 +80,9 @@ def test_little_is_missed_where_most_words_are_rare(tmp_path: Path) -> None:
 
 
 def build_by_command(corpus: Path, out: Path, *more: str) -> tuple[str, str]:
-    command = [
-        sys.executable,
-        "-m",
-        "rexrag",
-        "index",
-        "build",
-        str(corpus),
-        "--out",
-        str(out),
-        "--kind",
-        "bm25-fast",
-    ]
-    done = subprocess.run([*command, *more], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "rexrag", "index", "build", str(corpus)]
+    command += ["--out", str(out), "--kind", "bm25-fast", *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout, done.stderr
 
 

@@ -45,8 +45,6 @@ SAMPLES, SAMPLED_WORDS, SAMPLED_TOP = 64, 5, 10
 """Queries on which a build measures its recall, words of a passage each; best passages that it looks for."""
 SMALL_VOCABULARY = 1 << 16
 """Up to so many words a number takes two bytes."""
-
-
 Asked = tuple[int, list[int], list[float]]
 """A query's number, its words, and what each of them counts."""
 

@@ -38,7 +38,7 @@ POSTING_BYTES = 2.5
 FAST_BYTES_BUILD = 85
 """bm25-fast: one pair while it is built (measured: 80 and 85)."""
 FAST_BYTES, KEPT_BYTES = 4, 13
-"""bm25-fast: one pair on disk and in memory, and as much again for one that a search can reach."""
+"""bm25-fast: one pair on disk and in memory, and what is added where a search can reach it."""
 
 
 @dataclass(frozen=True, slots=True)
