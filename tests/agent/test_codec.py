@@ -28,6 +28,24 @@ def test_byte_level_text_survives_a_round_trip(text):
     assert BPE.decode(BPE.encode(text)) == text
 
 
+@given(st.text())
+def test_encoding_is_the_library_s_own_call(text):
+    for codec in (BPE, WORD):
+        # Not a special token of theirs, which the codec breaks and the library would not.
+        own = codec.tokenizer(codec._plain(text), add_special_tokens=False)["input_ids"]
+        assert codec.encode(text) == own
+
+
+def test_a_tokenizer_file_that_truncates_and_pads_does_neither():
+    tokenizer = byte_level_bpe()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=4)
+    codec = HFCodec(tokenizer)
+    text = "hm, who is al?"
+    assert codec.decode(codec.encode(text)) == text
+    assert codec.decode(codec.encode("")) == ""
+
+
 @given(st.lists(st.integers(0, 346), max_size=20), st.lists(st.integers(0, 346), max_size=20))
 def test_decoding_adds_and_cleans_nothing(left, right):
     assert (

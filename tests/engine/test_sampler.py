@@ -13,6 +13,7 @@ from rexrag.agent.episode import State
 from rexrag.engine.local import repack, sampler
 from rexrag.engine.local.attention import use_packed_attention
 from rexrag.engine.local.cache import CacheShape, capacity_for
+from rexrag.engine.local.decoder import heads_of
 from rexrag.engine.local.draw import draw, find, invert, streams, uniforms
 from rexrag.engine.local.repack import Repacked
 from rexrag.engine.local.sampler import LocalSession
@@ -24,7 +25,7 @@ CUE = [7, 8, 9]
 
 
 def session(model, **options) -> LocalSession:
-    return LocalSession(model, CacheShape.of(model), **options)
+    return LocalSession(model, CacheShape.of(model), heads_of(model), **options)
 
 
 def rollouts(n: int = 8, each: int = 3, **options) -> list[Script]:
@@ -244,6 +245,7 @@ def test_rows_beyond_the_limit_wait_for_a_place(model, monkeypatch):
     run(model, free, seed=2)
     monkeypatch.setattr(sampler, "MAX_ROWS", 4)
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(sampler, "BLOCK_SCORES", 1000)  # blocks of one row or two
     live = []
     append = LocalSession._append
 
@@ -372,6 +374,6 @@ def test_repacked_weights_change_nothing_and_leave_nothing_behind(model, monkeyp
         with repacked.used():
             assert torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-5)
     assert not any("forward" in vars(layer) for layer in model.modules())
-    monkeypatch.setattr(repack, "REPACKED_BYTES", 100)
+    monkeypatch.setattr(repack, "COPIED_BYTES", 100)
     assert not Repacked(model)._forwards
     assert not Repacked(qwen2().to(torch.bfloat16))._forwards

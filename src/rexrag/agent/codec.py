@@ -29,7 +29,10 @@ class HFCodec:
         if backend is None:
             raise ModelError(f"tokenizer {type(tokenizer).__name__} has no fast backend")
         self.tokenizer = tokenizer
-        self._decode = backend.decode
+        # The backend itself, many times a step: the library's call around it takes longer than a short text.
+        backend.no_truncation()
+        backend.no_padding()
+        self._encode, self._decode = backend.encode, backend.decode
         special = [
             token.content
             for token in tokenizer.added_tokens_decoder.values()
@@ -53,8 +56,8 @@ class HFCodec:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with no special tokens added."""
-        ids = self.tokenizer(self._plain(text), add_special_tokens=False, verbose=False)["input_ids"]
-        return [int(token) for token in ids]
+        ids: list[int] = self._encode(self._plain(text), add_special_tokens=False).ids
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids: special tokens kept, spaces left as they are."""

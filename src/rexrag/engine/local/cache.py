@@ -6,21 +6,20 @@ reads, per bank, as much as the bank's own longest row needs. A finished row lea
 from which a probe or another rollout of the same prompt can start. A token is copied a few times in its life,
 and read at every step.
 
-Shape suffixes: N packed tokens, H query heads, K key-value heads, D head size, G = H / K.
+Shape suffixes: K key-value heads, D head size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rexrag.engine.local.attention import Heads, Masks, attend_causal, hidden_states
+from rexrag.engine.local.attention import Heads, hidden_states
 from rexrag.errors import ModelError
 
 GROWTH = 1.3
@@ -114,6 +113,9 @@ class CacheShape:
             raise ModelError(f"{type(model).__name__}: its layers, or their keys and values, differ in shape")
         return cls(len(seen.kv), first.shape[1], first.shape[3], first.dtype, first.device)
 
+    def tensor(self, values: object) -> Tensor:
+        return torch.as_tensor(values, device=self.device)
+
     def zeros(self, rows: int, capacity: int) -> Tensor:
         shape = (2, self.layers, rows, self.heads, capacity, self.size)
         if self.device.type != "cpu":
@@ -184,89 +186,3 @@ def capacity_for(length: int) -> int:
     while capacity < length:
         capacity = -(-int(capacity * GROWTH) // GRAIN) * GRAIN
     return capacity
-
-
-@dataclass(slots=True)
-class Decode:
-    """The rows of one bank that append a single token: packed tokens start:stop, in the order of `slots`."""
-
-    bank: Bank[Any]
-    start: int
-    stop: int
-    slots: Tensor | None
-    """None where every row of the bank decodes."""
-    places: Tensor
-    """Flat (slot, head, position) indices of the new keys."""
-    lengths: Tensor
-    """Positions to attend to, for every row of the bank; other rows of it compute and are thrown away."""
-    ragged: bool
-    """Lengths differ."""
-    longest: int
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
-
-    def mask(self, window: int | None, like: Tensor) -> Tensor | None:
-        """[rows, 1, 1, longest], additive; None where nothing is hidden. Made once for all layers."""
-        if window is not None and window >= self.longest:
-            window = None
-        if window not in self.masks:
-            self.masks[window] = self._mask(window, like)
-        return self.masks[window]
-
-    def _mask(self, window: int | None, like: Tensor) -> Tensor | None:
-        if window is None and not self.ragged:
-            return None
-        end = self.lengths[:, None]
-        position = torch.arange(self.longest, device=like.device)
-        hidden = position >= end
-        if window is not None:
-            hidden |= position < end - window
-        return like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
-
-
-@dataclass(slots=True)
-class CachedPlan:
-    """One forward over cached rows: decoding rows by bank, then rows that append several tokens.
-
-    `prefill` holds (row, start, stop): packed tokens start:stop follow the row's first `length` tokens.
-    """
-
-    decode: Sequence[Decode]
-    prefill: Sequence[tuple[Row, int, int]]
-    masks: Masks = field(default_factory=Masks)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
-        tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, heads, D]
-        out = [self._decode(group, layer, tokens, heads) for group in self.decode]
-        for row, start, stop in self.prefill:
-            bank, slot, end = row.bank, row.slot, row.length + stop - start
-            assert bank is not None
-            keys, values = bank.keys[layer], bank.values[layer]
-            keys[slot, :, row.length : end] = key[0, :, start:stop]
-            values[slot, :, row.length : end] = value[0, :, start:stop]
-            own = slice(slot, slot + 1)
-            attended = attend_causal(
-                query[:, :, start:stop], keys[own, :, :end], values[own, :, :end], heads, self.masks
-            )
-            out.append(attended[0].transpose(0, 1))
-        return (out[0] if len(out) == 1 else torch.cat(out))[None]
-
-    @staticmethod
-    def _decode(group: Decode, layer: int, tokens: list[Tensor], heads: Heads) -> Tensor:
-        query, key, value = (x[group.start : group.stop] for x in tokens)
-        n, q_heads, size = query.shape
-        bank, rows = group.bank, len(group.bank.rows)
-        for cached, new in zip(bank.flat[layer], (key, value), strict=True):
-            cached.index_copy_(0, group.places, new.reshape(-1, size).to(cached.dtype))
-        # The G query heads of a key head stand where query positions would: no key is repeated.
-        grouped = query.reshape(n, key.shape[1], -1, size)
-        if group.slots is not None:
-            every = grouped.new_zeros(rows, *grouped.shape[1:])
-            grouped = every.index_copy_(0, group.slots, grouped)
-        out = nn.functional.scaled_dot_product_attention(
-            grouped,
-            bank.keys[layer][:rows, :, : group.longest],
-            bank.values[layer][:rows, :, : group.longest],
-            group.mask(heads.window, grouped),
-            scale=heads.scale,
-        )
-        return (out if group.slots is None else out[group.slots]).reshape(n, q_heads, size)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rexrag.agent.episode import Codec
 from rexrag.engine.local.cache import CacheShape
+from rexrag.engine.local.decoder import heads_of
 from rexrag.engine.local.packing import TokenRow, pack_rows
 from rexrag.engine.local.sampler import SAVED_BYTES, LocalSession
 
@@ -31,6 +32,7 @@ class LocalPolicy:
         self._autocast = autocast
         self._codec = codec
         self._shape = CacheShape.of(model)
+        self._heads = heads_of(model)
         self._saved_bytes = saved_bytes
 
     @property
@@ -49,7 +51,7 @@ class LocalPolicy:
         return int(window)
 
     def session(self) -> LocalSession:
-        return LocalSession(self.model, self._shape, self._saved_bytes)
+        return LocalSession(self.model, self._shape, self._heads, self._saved_bytes)
 
     @torch.no_grad()
     def score(self, rows: Sequence[TokenRow], temperature: float) -> list[Tensor]:

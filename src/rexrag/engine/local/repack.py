@@ -7,27 +7,32 @@ own layout, or, where a weight is so small that calling those kernels is what ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-REPACKED_BYTES = 4 << 30
+COPIED_BYTES = 4 << 30
 """Copies that a session may hold; a larger model goes without."""
 SMALL = 1 << 18
 """Values of a weight below which the kernels' own layout costs more per product than it saves."""
 
+Product = Callable[..., Tensor]
+"""(x [N, in], plus [N, out] or None) -> x · weightᵀ + bias + plus [N, out]."""
+
 
 class Repacked:
-    """Copies of a model's float32 linear layers on the CPU. Stale once the weights change."""
+    """Copies of a module's float32 linear layers on the CPU. Stale once the weights change."""
 
-    def __init__(self, model: nn.Module) -> None:
-        layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _fits(layer.weight)]
-        if sum(layer.weight.nbytes for layer in layers) > REPACKED_BYTES:
+    def __init__(self, module: nn.Module) -> None:
+        layers = [
+            layer for layer in module.modules() if type(layer) is nn.Linear and _has_layout(layer.weight)
+        ]
+        if sum(layer.weight.nbytes for layer in layers) > COPIED_BYTES:
             layers = []
-        self._forwards = [(layer, _copied(layer)) for layer in layers]
+        self._forwards = [(layer, product(layer.weight, layer.bias)) for layer in layers]
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -45,23 +50,31 @@ class Repacked:
         self._forwards = []
 
 
-def _fits(weight: Tensor) -> bool:
+def product(weight: Tensor, bias: Tensor | None) -> Product:
+    """A product with weight [out, in], which is copied where another layout is faster."""
+    weight = weight.detach()
+    if not _has_layout(weight):
+        return partial(_plain, weight, bias)
+    if weight.numel() < SMALL:
+        return partial(_transposed, weight.t().contiguous(), bias)
+    return partial(_blocked, torch.ops.mkldnn._reorder_linear_weight(weight, None), bias)
+
+
+def _has_layout(weight: Tensor) -> bool:
     has_kernels: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return has_kernels and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def _copied(layer: nn.Linear) -> partial[Tensor]:
-    """The layer's forward on a copy of its weight."""
-    if layer.weight.numel() < SMALL:
-        return partial(_product, layer.weight.detach().t().contiguous(), layer.bias)
-    return partial(_linear, torch.ops.mkldnn._reorder_linear_weight(layer.weight, None), layer.bias)
+def _plain(weight: Tensor, bias: Tensor | None, x: Tensor, plus: Tensor | None = None) -> Tensor:
+    out = nn.functional.linear(x, weight, bias)
+    return out if plus is None else out.add_(plus)
 
 
-def _product(transposed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    out = torch.matmul(x, transposed)
-    return out if bias is None else out + bias
+def _transposed(weight: Tensor, bias: Tensor | None, x: Tensor, plus: Tensor | None = None) -> Tensor:
+    out = torch.matmul(x, weight) if plus is None else torch.addmm(plus, x, weight)
+    return out if bias is None else out.add_(bias)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _blocked(weight: Tensor, bias: Tensor | None, x: Tensor, plus: Tensor | None = None) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
+    return out if plus is None else out.add_(plus)

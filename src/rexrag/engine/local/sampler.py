@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rexrag.agent.episode import Episode, State
-from rexrag.engine.local.attention import hidden_states, token_logps
-from rexrag.engine.local.cache import Bank, Cache, CachedPlan, CacheShape, Decode, Row
+from rexrag.engine.local.appending import CachedPlan, Group, block, single
+from rexrag.engine.local.attention import Heads, Plan, hidden_states, token_logps
+from rexrag.engine.local.cache import Bank, Cache, CacheShape, Row
+from rexrag.engine.local.decoder import Fused
 from rexrag.engine.local.draw import draw, streams, uniforms
 from rexrag.engine.local.repack import Repacked
 from rexrag.errors import DataError, ModelError
@@ -30,6 +33,8 @@ MAX_ROWS = 512
 """Rows decoded at once; the rest wait for a place."""
 PREFILL_TOKENS = 8192
 """Prompt, evidence and cue tokens in one forward (a single longer row still goes in one piece)."""
+BLOCK_SCORES = 1 << 22
+"""Attention scores of a head in one block of such rows, padding included (a single row may have more)."""
 SEARCH_SHARE = 4
 """The retriever is asked once a quarter of the live rows wait for it,"""
 SEARCH_PATIENCE = 16
@@ -67,13 +72,25 @@ class LiveRow(Row):
 class LocalSession:
     """A step's rollouts with their caches. See `engine.base.Session`."""
 
-    def __init__(self, model: nn.Module, shape: CacheShape, saved_bytes: int = SAVED_BYTES) -> None:
-        """`model`: a Hugging Face causal language model with packed attention."""
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: CacheShape,
+        heads: Sequence[Heads] | None = None,
+        saved_bytes: int = SAVED_BYTES,
+    ) -> None:
+        """`model`: a Hugging Face causal language model with packed attention.
+
+        heads: what `decoder.heads_of` says of it; None runs the model's own forward.
+        """
         self.generated_tokens = 0
         self.prefilled_tokens = 0
         self._model, self._shape = model, shape
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        self._weights = Repacked(model)
+        self._forward: Callable[[Tensor, Tensor, Plan], Tensor] = partial(hidden_states, model)
+        if heads is not None:
+            self._forward = Fused(model.base_model, heads)
+        self._weights = Repacked(model if heads is None else self._head)
         self._cache: Cache[LiveRow] = Cache(shape)
         self._known: dict[int, LiveRow] = {}  # by id of the episode, which the row keeps alive
         self._prompts: dict[tuple[int, ...], LiveRow] = {}
@@ -88,6 +105,7 @@ class LocalSession:
         """Free every cache and copy."""
         self._cache.banks.clear()
         self._weights.clear()
+        self._forward = partial(hidden_states, self._model)
         self._known.clear()
         self._prompts.clear()
         self._saved.clear()
@@ -207,45 +225,25 @@ class LocalSession:
                 if row.length + len(row.pending) > bank.capacity:
                     self._cache.reserve(row, row.length + len(row.pending))
         rows: list[LiveRow] = []
-        several: list[LiveRow] = []
-        groups = []
+        groups: list[Group] = []
+        blocks: list[tuple[Bank[LiveRow], list[LiveRow]]] = []
         for bank in self._cache.banks.values():
             active = [row for row in bank.rows if row.pending and not row.waiting]
-            single = [row for row in active if len(row.pending) == 1]
-            several += (row for row in active if len(row.pending) > 1)
-            if single:
-                groups.append(self._group(bank, single, len(rows)))
-                rows += single
-        prefill: list[tuple[Row, int, int]] = []
+            one = [row for row in active if len(row.pending) == 1]
+            if one:
+                groups.append(single(bank, one, len(rows)))
+                rows += one
+            several = [row for row in active if len(row.pending) > 1]
+            blocks += ((bank, part) for part in _blocks(several, bank.capacity))
         start = first = len(rows)
-        for row in several:
-            stop = start + len(row.pending)
-            if prefill and stop - first > PREFILL_TOKENS:
-                break
-            prefill.append((row, start, stop))
-            rows.append(row)
-            start = stop
-        return rows, CachedPlan(groups, prefill)
-
-    def _group(self, bank: Bank[LiveRow], rows: list[LiveRow], start: int) -> Decode:
-        """The rows of a bank that append one token each."""
-        slots = np.array([row.slot for row in rows])
-        positions = np.array([row.length for row in rows])
-        heads = np.arange(self._shape.heads)
-        places = (slots[:, None] * self._shape.heads + heads) * bank.capacity + positions[:, None]
-        longest = int(positions.max()) + 1
-        lengths = np.full(len(bank.rows), longest)
-        lengths[slots] = positions + 1
-        return Decode(
-            bank=bank,
-            start=start,
-            stop=start + len(rows),
-            slots=None if len(rows) == len(bank.rows) else self._tensor(slots),
-            places=self._tensor(places.reshape(-1)),
-            lengths=self._tensor(lengths),
-            ragged=int(lengths.min()) < longest,
-            longest=longest,
-        )
+        for bank, part in blocks:
+            counts = [len(row.pending) for row in part]
+            if start > first and start + sum(counts) - first > PREFILL_TOKENS:
+                continue
+            groups.append(block(bank, part, counts, start))
+            rows += part
+            start += sum(counts)
+        return rows, CachedPlan(groups)
 
     def _append(
         self, rows: list[LiveRow], plan: CachedPlan, temperature: float
@@ -253,7 +251,7 @@ class LocalSession:
         """Run what is pending; the rows that sample next, and the hidden state each samples from."""
         ids = [token for row in rows for token in row.pending]
         positions = [p for row in rows for p in range(row.length, row.length + len(row.pending))]
-        hidden = hidden_states(self._model, self._tensor(ids), self._tensor(positions), plan)
+        hidden = self._forward(self._tensor(ids), self._tensor(positions), plan)
         self.prefilled_tokens += len(ids) - sum(row.sampled for row in rows)
         ends = np.cumsum([len(row.pending) for row in rows]).tolist()
         self._score_cues(rows, ends, hidden, temperature)
@@ -310,3 +308,15 @@ class LocalSession:
 
     def _tensor(self, values: object) -> Tensor:
         return torch.as_tensor(values, device=self._shape.device)
+
+
+def _blocks(rows: list[LiveRow], capacity: int) -> list[list[LiveRow]]:
+    """Rows of a bank that append several tokens, parted so that padding at most doubles a row."""
+    parts: list[list[LiveRow]] = []
+    for row in sorted(rows, key=lambda row: -len(row.pending)):
+        widest = parts[-1][0] if parts else row
+        scores = (len(parts[-1]) + 1) * len(widest.pending) * capacity if parts else 0
+        if not parts or len(widest.pending) > 2 * len(row.pending) or scores > BLOCK_SCORES:
+            parts.append([])
+        parts[-1].append(row)
+    return parts

@@ -1,0 +1,156 @@
+"""How rows that append tokens attend to their caches: one call for the rows of a bank, however many.
+
+Rows that sample append one token each and attend from every slot of their bank, without a copy. Rows with a
+prompt, evidence or a cue append several: their queries are padded to the longest of the block, beside a copy
+of their keys and values.
+
+Shape suffixes: N packed tokens, H query heads, K key-value heads, D head size, G = H / K, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rexrag.engine.local.attention import Heads
+from rexrag.engine.local.cache import Bank, Row
+
+
+@dataclass(slots=True)
+class Group:
+    """Rows of one bank, and the tokens that they append: packed tokens start:stop, row after row."""
+
+    bank: Bank[Any]
+    start: int
+    stop: int
+    places: Tensor
+    """Flat (slot, head, position) indices of the new keys."""
+    slots: Tensor | None
+    """None where every row of the bank takes part, with one token."""
+    visible: Tensor
+    """Positions that each query sees, [rows, queries]."""
+    longest: int
+    ragged: bool
+    """Some query sees fewer than `longest`."""
+    padded: tuple[Tensor, Tensor] | None = None
+    """For several tokens a row: the packed token of each query [R, n], and the query of each packed token."""
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def attend(self, layer: int, tokens: Sequence[Tensor], heads: Heads) -> Tensor:
+        """Queries, keys and values of all packed tokens, [N, heads, D] each -> [stop − start, H, D]."""
+        query, key, value = (x[self.start : self.stop] for x in tokens)
+        for cached, new in zip(self.bank.flat[layer], (key, value), strict=True):
+            cached.index_copy_(0, self.places, new.reshape(-1, new.shape[-1]).to(cached.dtype))
+        keys, values = (x[layer][..., : self.longest, :] for x in (self.bank.keys, self.bank.values))
+        mask = self._mask(heads.window, query)
+        if self.padded is None:
+            return self._single(query, keys, values, mask, heads.scale)
+        queries, back = self.padded
+        assert self.slots is not None
+        blocks = query[queries].transpose(1, 2)
+        keys, values = keys.index_select(0, self.slots), values.index_select(0, self.slots)
+        if query.is_cuda:  # its fused kernels take grouped heads only without a mask
+            groups = blocks.shape[1] // keys.shape[1]
+            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        out = nn.functional.scaled_dot_product_attention(
+            blocks, keys, values, mask, scale=heads.scale, enable_gqa=True
+        )
+        return out.transpose(1, 2).flatten(0, 1)[back]
+
+    def _single(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        n, q_heads, size = query.shape
+        rows = len(self.bank.rows)
+        # The G query heads of a key head stand where query positions would: no key is repeated.
+        grouped = query.reshape(n, keys.shape[1], -1, size)
+        if self.slots is not None:  # the other rows of the bank compute, and are thrown away
+            grouped = grouped.new_zeros(rows, *grouped.shape[1:]).index_copy_(0, self.slots, grouped)
+        out = nn.functional.scaled_dot_product_attention(
+            grouped, keys[:rows], values[:rows], mask, scale=scale
+        )
+        return (out if self.slots is None else out[self.slots]).reshape(n, q_heads, size)
+
+    def _mask(self, window: int | None, like: Tensor) -> Tensor | None:
+        """[rows, 1, queries, longest], additive; None where nothing is hidden. Made once for all layers."""
+        if window is not None and window >= self.longest:
+            window = None
+        if window is None and not self.ragged:
+            return None
+        if window not in self.masks:
+            end = self.visible[:, :, None]
+            position = torch.arange(self.longest, device=like.device)
+            hidden = position >= end
+            if window is not None:
+                hidden |= position < end - window
+            zeros = like.new_zeros(hidden.shape)
+            self.masks[window] = zeros.masked_fill_(hidden, float("-inf"))[:, None]
+        return self.masks[window]
+
+
+@dataclass(slots=True)
+class CachedPlan:
+    """One forward over cached rows: its groups, in packed order."""
+
+    groups: Sequence[Group]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
+        """See `attention.Plan`."""
+        tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
+        out = [group.attend(layer, tokens, heads) for group in self.groups]
+        return (out[0] if len(out) == 1 else torch.cat(out))[None]
+
+
+def single(bank: Bank[Any], rows: Sequence[Row], start: int) -> Group:
+    """Rows of a bank that append one token each."""
+    slots = np.array([row.slot for row in rows])
+    positions = np.array([row.length for row in rows])
+    longest = int(positions.max()) + 1
+    lengths = np.full(len(bank.rows), longest)
+    lengths[slots] = positions + 1
+    tensor = bank.shape.tensor
+    return Group(
+        bank=bank,
+        start=start,
+        stop=start + len(rows),
+        places=tensor(_places(bank, slots, positions)),
+        slots=None if len(rows) == len(bank.rows) else tensor(slots),
+        visible=tensor(lengths[:, None]),
+        longest=longest,
+        ragged=int(lengths.min()) < longest,
+    )
+
+
+def block(bank: Bank[Any], rows: Sequence[Row], counts: Sequence[int], start: int) -> Group:
+    """Rows of a bank that append `counts` tokens."""
+    slots, before = (np.array(x) for x in zip(*((row.slot, row.length) for row in rows), strict=True))
+    sizes = np.array(counts)
+    width, firsts = int(sizes.max()), sizes.cumsum() - sizes
+    # A padded query repeats the row's last one.
+    step = np.minimum(np.arange(width), sizes[:, None] - 1)
+    real = np.arange(width) < sizes[:, None]
+    row, offset = real.nonzero()
+    tensor = bank.shape.tensor
+    return Group(
+        bank=bank,
+        start=start,
+        stop=start + int(sizes.sum()),
+        places=tensor(_places(bank, slots[row], before[row] + offset)),
+        slots=tensor(slots),
+        visible=tensor(before[:, None] + step + 1),
+        longest=int((before + sizes).max()),
+        ragged=True,
+        padded=(tensor(firsts[:, None] + step), tensor(real.reshape(-1).nonzero()[0])),
+    )
+
+
+def _places(bank: Bank[Any], slots: Any, positions: Any) -> Any:
+    """Where the keys of tokens go: slots and positions [n] -> flat indices [n * K]."""
+    heads = np.arange(bank.shape.heads)
+    places = (slots[:, None] * bank.shape.heads + heads) * bank.capacity + positions[:, None]
+    return places.reshape(-1)

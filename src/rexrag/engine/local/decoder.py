@@ -1,0 +1,139 @@
+"""The forward of a Llama-like decoder for sampling: the model's own numbers in fewer operations.
+
+In a decode step of a few rows, calling an operation takes longer than what it computes. Here queries, keys
+and values are one product, gate and up another; a product adds the residual; the rotary embedding is three
+operations on tables. It serves the models whose hidden states it reproduces, and `heads_of` finds out which:
+Llama, Qwen2, Mistral and their like. Others run their own forward.
+
+Shape suffixes: N packed tokens, H query heads, K key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rexrag.engine.local.attention import Heads, PackedPlan, Plan, Segment, hidden_states
+from rexrag.engine.local.repack import COPIED_BYTES, Product, product
+
+ROPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles depend on nothing but the position."""
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+class Fused:
+    """A decoder on merged copies of its weights. Stale once the weights change."""
+
+    def __init__(self, body: Any, heads: Sequence[Heads]) -> None:
+        """body: a causal language model's `base_model`. Raises as `_check` does for one of another kind."""
+        self._body = body
+        _check(body)
+        self._layers = [_Layer(layer, h) for layer, h in zip(body.layers, heads, strict=True)]
+        self._cos = self._sin = body.norm.weight.new_zeros(0, 0)
+
+    def __call__(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        """Last hidden state of each packed token: ids, positions long [N] -> [N, hidden]."""
+        if int(positions.max()) >= len(self._cos):
+            self._tabulate(2 * int(positions.max()) + 1)
+        cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        x = self._body.embed_tokens(ids)
+        for index, layer in enumerate(self._layers):
+            x = layer(x, cos, sin, plan, index)
+        return _norm(self._body.norm, x)
+
+    def _tabulate(self, count: int) -> None:
+        """Cosines and signed sines of the first positions for all heads that turn: [count, (H + K) D]."""
+        first = self._layers[0]
+        places = torch.arange(count, device=first.swap.device)[None]
+        cos, sin = self._body.rotary_emb(self._body.norm.weight, places)
+        half = first.size // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+        self._cos, self._sin = (x[0].repeat(1, first.turning // first.size) for x in (cos, sin))
+
+
+class _Layer:
+    def __init__(self, layer: Any, heads: Heads) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.heads, self.size = heads, int(attention.head_dim)
+        self.queries = attention.q_proj.out_features
+        self.turning = self.queries + attention.k_proj.out_features
+        """Columns of queries and keys, the ones that rotary embedding turns; those of values follow."""
+        columns = torch.arange(self.turning, device=attention.q_proj.weight.device)
+        self.swap = columns.view(-1, 2, self.size // 2).flip(1).reshape(-1)
+        """Where each column finds its partner, half a head away."""
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = _merged(attention.o_proj)
+        self.gate_up, self.down = _merged(mlp.gate_proj, mlp.up_proj), _merged(mlp.down_proj)
+        self.act = mlp.act_fn
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, index: int) -> Tensor:
+        n = len(x)
+        y = self.qkv(_norm(self.norms[0], x))
+        turned = (y[:, : self.turning] * cos).addcmul_(y.index_select(1, self.swap), sin)
+        parts = turned[:, : self.queries], turned[:, self.queries :], y[:, self.turning :]
+        query, key, value = (part.view(n, -1, self.size).transpose(0, 1)[None] for part in parts)
+        attended = plan.attend(index, query, key, value, self.heads)
+        x = self.out(attended.reshape(n, -1), x)
+        gate, up = self.gate_up(_norm(self.norms[1], x)).chunk(2, dim=-1)
+        return self.down(self.act(gate).mul_(up), x)
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def _merged(*linears: nn.Linear) -> Product:
+    """One product for several layers of the same input."""
+    weight = torch.cat([layer.weight.detach() for layer in linears])
+    biases = [layer.bias.detach() for layer in linears if layer.bias is not None]
+    return product(weight, torch.cat(biases) if biases else None)
+
+
+def _check(body: Any) -> None:
+    """Raises ValueError for a part that `Fused` would leave out, AttributeError for one that is missing."""
+    linears = [getattr(layer.self_attn, name) for layer in body.layers for name in _ATTENTION]
+    linears += [getattr(layer.mlp, name) for layer in body.layers for name in _MLP]
+    norms = [n for layer in body.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+    parts = (*linears, *norms, body.norm, body.embed_tokens)
+    known = {id(parameter) for part in parts for parameter in part.parameters()}
+    if any(id(p) not in known for p in body.parameters()) or any(type(x) is not nn.Linear for x in linears):
+        raise ValueError("a decoder with other parts")
+    if body.rotary_emb.rope_type not in ROPES:
+        raise ValueError("angles that depend on more than the position")
+    if sum(layer.weight.nbytes for layer in linears) > COPIED_BYTES:
+        raise ValueError("too large to copy")
+
+
+class _Seen(PackedPlan):
+    """Notes what the layers say of their attention."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
+        self.heads[layer] = heads
+        return super().attend(layer, query, key, value, heads)
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        super().__init__(segments)
+        self.heads: dict[int, Heads] = {}
+
+
+@torch.inference_mode()
+def heads_of(model: Any) -> list[Heads] | None:
+    """How each layer attends, for `Fused`; None where that does not give the model's own hidden states."""
+    body, device = model.base_model, model.device
+    ids = torch.arange(24, device=device) * 7 % model.get_input_embeddings().num_embeddings
+    positions = torch.cat([torch.arange(start, start + 12, device=device) for start in (0, 40)])
+    plan = _Seen([Segment(12), Segment(12)])
+    own = hidden_states(model, ids, positions, plan).float()
+    heads = [plan.heads[layer] for layer in sorted(plan.heads)]
+    try:
+        fused = Fused(body, heads)(ids, positions, plan).float()
+    except (AttributeError, ValueError, RuntimeError, TypeError):
+        return None
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
+    close = fused.shape == own.shape and bool((fused - own).abs().max() <= tolerance * own.abs().max())
+    return heads if close else None
