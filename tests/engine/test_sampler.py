@@ -244,12 +244,13 @@ def test_rows_beyond_the_limit_wait_for_a_place(model, monkeypatch):
     free, limited = rollouts(6, 3), rollouts(6, 3)
     run(model, free, seed=2)
     monkeypatch.setattr(sampler, "MAX_ROWS", 4)
-    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 16)
-    monkeypatch.setattr(sampler, "BLOCK_SCORES", 1000)  # blocks of one row or two
-    live = []
+    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 24)
+    monkeypatch.setattr(sampler, "BLOCK_VALUES", 5000)  # blocks of two rows at most
+    live, blocks = [], []
     append = LocalSession._append
 
     def watched(self, rows, plan, temperature):
+        blocks.append([group for group in plan.groups if group.padded is not None])
         ready = append(self, rows, plan, temperature)
         live.append(self._cache.live)
         return ready
@@ -257,6 +258,13 @@ def test_rows_beyond_the_limit_wait_for_a_place(model, monkeypatch):
     monkeypatch.setattr(LocalSession, "_append", watched)
     opened = run(model, limited, seed=2)
     assert 1 < max(live) <= 4
+    assert {len(group.slots) for several in blocks for group in several} == {1, 2}
+    assert max(map(len, blocks)) > 1
+    for several in blocks:
+        rows, tokens = (
+            sum(x) for x in zip((0, 0), *((len(g.slots), g.stop - g.start) for g in several), strict=True)
+        )
+        assert rows <= 1 or tokens <= 24
     assert [e.tokens for e in limited] == [e.tokens for e in free]
     # A prompt met again later costs its last token, not itself.
     assert opened.prefilled_tokens < sum(map(len, prompts(6))) + 18 + sum(

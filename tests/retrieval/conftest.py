@@ -1,7 +1,11 @@
-"""A small corpus."""
+"""Small corpora: five passages, and a world's."""
+
+from pathlib import Path
 
 import pytest
 
+from rexrag.data.world import World
+from rexrag.io import write_jsonl
 from rexrag.retrieval.bm25 import BM25Retriever
 from rexrag.types import Document
 
@@ -22,3 +26,16 @@ def documents() -> list[Document]:
 @pytest.fixture
 def retriever(documents: list[Document]) -> BM25Retriever:
     return BM25Retriever.build(documents)
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    return World(seed=3, people=400)
+
+
+@pytest.fixture
+def corpus(world: World, tmp_path: Path) -> Path:
+    """The world's passages in a file, numbered as it numbers them."""
+    path = tmp_path / "corpus.jsonl"
+    write_jsonl(path, ({"id": d.id, "contents": d.contents} for d in world.documents))
+    return path

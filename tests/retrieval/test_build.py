@@ -26,17 +26,6 @@ from rexrag.types import Document
 DISK = BuildOptions(kind="bm25-disk")
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return World(seed=3, people=400)
-
-
-@pytest.fixture
-def corpus(world: World, tmp_path: Path) -> Path:
-    write_jsonl(tmp_path / "corpus.jsonl", ({"id": d.id, "contents": d.contents} for d in world.documents))
-    return tmp_path / "corpus.jsonl"
-
-
 def test_bm25_built_from_a_file_is_the_one_saved_from_memory(
     corpus: Path, world: World, tmp_path: Path
 ) -> None:

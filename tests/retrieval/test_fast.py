@@ -26,16 +26,6 @@ from rexrag.retrieval import fast
 FAST = BuildOptions(kind="bm25-fast")
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return World(seed=3, people=400)
-
-
-@pytest.fixture
-def corpus(world: World, tmp_path: Path) -> Path:
-    return write(tmp_path / "corpus.jsonl", [(d.id, d.contents) for d in world.documents])
-
-
 def write(path: Path, rows: list[tuple[str, str]]) -> Path:
     write_jsonl(path, ({"id": number, "contents": text} for number, text in rows))
     return path

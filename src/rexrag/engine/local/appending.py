@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rexrag.engine.local.attention import Heads
+from rexrag.engine.local.attention import Heads, attend_grouped
 from rexrag.engine.local.cache import Bank, Row
 
 
@@ -33,13 +33,13 @@ class Group:
     slots: Tensor | None
     """None where every row of the bank takes part, with one token."""
     visible: Tensor
-    """Positions that each query sees, [rows, queries]."""
+    """Positions that each query sees: [rows of the bank, 1], or [R, n] where rows append several tokens."""
     longest: int
-    ragged: bool
-    """Some query sees fewer than `longest`."""
+    plain: bool
+    """No query needs a mask: each sees all of `longest`, or, of several, those up to its own place."""
     padded: tuple[Tensor, Tensor] | None = None
     """For several tokens a row: the packed token of each query [R, n], and the query of each packed token."""
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, tokens: Sequence[Tensor], heads: Heads) -> Tensor:
         """Queries, keys and values of all packed tokens, [N, heads, D] each -> [stop − start, H, D]."""
@@ -52,14 +52,8 @@ class Group:
             return self._single(query, keys, values, mask, heads.scale)
         queries, back = self.padded
         assert self.slots is not None
-        blocks = query[queries].transpose(1, 2)
         keys, values = keys.index_select(0, self.slots), values.index_select(0, self.slots)
-        if query.is_cuda:  # its fused kernels take grouped heads only without a mask
-            groups = blocks.shape[1] // keys.shape[1]
-            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-        out = nn.functional.scaled_dot_product_attention(
-            blocks, keys, values, mask, scale=heads.scale, enable_gqa=True
-        )
+        out = attend_grouped(query[queries].transpose(1, 2), keys, values, mask, mask is None, heads.scale)
         return out.transpose(1, 2).flatten(0, 1)[back]
 
     def _single(
@@ -80,7 +74,7 @@ class Group:
         """[rows, 1, queries, longest], additive; None where nothing is hidden. Made once for all layers."""
         if window is not None and window >= self.longest:
             window = None
-        if window is None and not self.ragged:
+        if window is None and self.plain:
             return None
         if window not in self.masks:
             end = self.visible[:, :, None]
@@ -122,7 +116,7 @@ def single(bank: Bank[Any], rows: Sequence[Row], start: int) -> Group:
         slots=None if len(rows) == len(bank.rows) else tensor(slots),
         visible=tensor(lengths[:, None]),
         longest=longest,
-        ragged=int(lengths.min()) < longest,
+        plain=int(lengths.min()) == longest,
     )
 
 
@@ -144,7 +138,7 @@ def block(bank: Bank[Any], rows: Sequence[Row], counts: Sequence[int], start: in
         slots=tensor(slots),
         visible=tensor(before[:, None] + step + 1),
         longest=int((before + sizes).max()),
-        ragged=True,
+        plain=not before.any(),
         padded=(tensor(firsts[:, None] + step), tensor(real.reshape(-1).nonzero()[0])),
     )
 

@@ -5,7 +5,7 @@ positions. Everything but attention works on single tokens, so only attention mu
 That knowledge is a `Plan`: it travels through the model's own forward as a keyword argument to the function
 registered here. Without a plan the function is the library's scaled-dot-product attention.
 
-Shape suffixes: N packed tokens, H query heads, K key-value heads, D head size, L key positions.
+Shape suffixes: N packed tokens, R rows, H query heads, K key-value heads, D head size, L key positions.
 """
 
 from __future__ import annotations
@@ -66,11 +66,18 @@ def attend_causal(query: Tensor, key: Tensor, value: Tensor, heads: Heads, masks
     windowed = heads.window is not None and length > heads.window
     plain = n == length and not windowed
     mask = None if plain or (n == 1 and not windowed) else masks.causal(n, length, heads.window, query)
+    return attend_grouped(query, key, value, mask, plain and n > 1, heads.scale)
+
+
+def attend_grouped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """query [R, H, n, D], key and value [R, K, L, D], mask additive or None -> [R, H, n, D]."""
     if query.is_cuda:  # its fused kernels take grouped heads only without a mask
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     return nn.functional.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=plain and n > 1, scale=heads.scale, enable_gqa=True
+        query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=True
     )
 
 

@@ -2,8 +2,8 @@
 
 In a decode step of a few rows, calling an operation takes longer than what it computes. Here queries, keys
 and values are one product, gate and up another; a product adds the residual; the rotary embedding is three
-operations on tables. It serves the models whose hidden states it reproduces, and `heads_of` finds out which:
-Llama, Qwen2, Mistral and their like. Others run their own forward.
+operations on tables. It serves the families named here, after a look at the model's parts and at whether the
+hidden states are its own (`heads_of`). Others run their own forward.
 
 Shape suffixes: N packed tokens, H query heads, K key-value heads, D head size.
 """
@@ -19,8 +19,12 @@ from torch import Tensor, nn
 from rexrag.engine.local.attention import Heads, PackedPlan, Plan, Segment, hidden_states
 from rexrag.engine.local.repack import COPIED_BYTES, Product, product
 
+FAMILIES = ("llama", "mistral", "qwen2")
+"""Model types (`config.model_type`) whose decoder this is."""
 ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles depend on nothing but the position."""
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Median distance from a model's own hidden states, relative to their length; rounding can grow in a few."""
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -39,20 +43,19 @@ class Fused:
         """Last hidden state of each packed token: ids, positions long [N] -> [N, hidden]."""
         if int(positions.max()) >= len(self._cos):
             self._tabulate(2 * int(positions.max()) + 1)
-        cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        turning = self._layers[0].turning // self._layers[0].size
+        cos, sin = (x.index_select(0, positions).repeat(1, turning) for x in (self._cos, self._sin))
         x = self._body.embed_tokens(ids)
         for index, layer in enumerate(self._layers):
             x = layer(x, cos, sin, plan, index)
         return _norm(self._body.norm, x)
 
     def _tabulate(self, count: int) -> None:
-        """Cosines and signed sines of the first positions for all heads that turn: [count, (H + K) D]."""
-        first = self._layers[0]
-        places = torch.arange(count, device=first.swap.device)[None]
-        cos, sin = self._body.rotary_emb(self._body.norm.weight, places)
-        half = first.size // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        self._cos, self._sin = (x[0].repeat(1, first.turning // first.size) for x in (cos, sin))
+        """Cosines and signed sines of the first positions, [count, D]."""
+        weight = self._body.norm.weight
+        cos, sin = self._body.rotary_emb(weight, torch.arange(count, device=weight.device)[None])
+        half = cos.shape[-1] // 2
+        self._cos, self._sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
 
 
 class _Layer:
@@ -89,23 +92,28 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 
 def _merged(*linears: nn.Linear) -> Product:
     """One product for several layers of the same input."""
-    weight = torch.cat([layer.weight.detach() for layer in linears])
+    if len(linears) == 1:
+        return product(linears[0].weight, linears[0].bias)
     biases = [layer.bias.detach() for layer in linears if layer.bias is not None]
+    if len(biases) not in (0, len(linears)):
+        raise ValueError("biases of some layers of the same input")
+    weight = torch.cat([layer.weight.detach() for layer in linears])
     return product(weight, torch.cat(biases) if biases else None)
 
 
 def _check(body: Any) -> None:
-    """Raises ValueError for a part that `Fused` would leave out, AttributeError for one that is missing."""
+    """Raises ValueError for what `Fused` would get wrong, AttributeError for a part that is missing."""
+    if body.config.model_type not in FAMILIES or body.rotary_emb.rope_type not in ROPES:
+        raise ValueError("another family, or angles that depend on more than the position")
     linears = [getattr(layer.self_attn, name) for layer in body.layers for name in _ATTENTION]
     linears += [getattr(layer.mlp, name) for layer in body.layers for name in _MLP]
     norms = [n for layer in body.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
     parts = (*linears, *norms, body.norm, body.embed_tokens)
     known = {id(parameter) for part in parts for parameter in part.parameters()}
     if any(id(p) not in known for p in body.parameters()) or any(type(x) is not nn.Linear for x in linears):
-        raise ValueError("a decoder with other parts")
-    if body.rotary_emb.rope_type not in ROPES:
-        raise ValueError("angles that depend on more than the position")
-    if sum(layer.weight.nbytes for layer in linears) > COPIED_BYTES:
+        raise ValueError("other parts")
+    # The embedding stands for the head, of the same size, of which the sampler keeps a copy too.
+    if sum(part.weight.nbytes for part in (*linears, body.embed_tokens)) > COPIED_BYTES:
         raise ValueError("too large to copy")
 
 
@@ -128,12 +136,12 @@ def heads_of(model: Any) -> list[Heads] | None:
     ids = torch.arange(24, device=device) * 7 % model.get_input_embeddings().num_embeddings
     positions = torch.cat([torch.arange(start, start + 12, device=device) for start in (0, 40)])
     plan = _Seen([Segment(12), Segment(12)])
-    own = hidden_states(model, ids, positions, plan).float()
-    heads = [plan.heads[layer] for layer in sorted(plan.heads)]
     try:
+        _check(body)
+        own = hidden_states(model, ids, positions, plan).float()
+        heads = [plan.heads[layer] for layer in sorted(plan.heads)]
         fused = Fused(body, heads)(ids, positions, plan).float()
-    except (AttributeError, ValueError, RuntimeError, TypeError):
+    except (AttributeError, ValueError):
         return None
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
-    close = fused.shape == own.shape and bool((fused - own).abs().max() <= tolerance * own.abs().max())
-    return heads if close else None
+    far = torch.linalg.vector_norm(fused - own, dim=-1) / torch.linalg.vector_norm(own, dim=-1)
+    return heads if bool(far.median() <= TOLERANCE[model.dtype]) else None

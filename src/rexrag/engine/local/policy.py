@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rexrag.agent.episode import Codec
+from rexrag.engine.local.attention import Heads
 from rexrag.engine.local.cache import CacheShape
 from rexrag.engine.local.decoder import heads_of
 from rexrag.engine.local.packing import TokenRow, pack_rows
@@ -32,7 +34,6 @@ class LocalPolicy:
         self._autocast = autocast
         self._codec = codec
         self._shape = CacheShape.of(model)
-        self._heads = heads_of(model)
         self._saved_bytes = saved_bytes
 
     @property
@@ -49,6 +50,10 @@ class LocalPolicy:
         if not window or window < 0 or rope.get("rope_type", "default") != "default":
             return None  # scaled positions reach further, each kind by a rule of its own
         return int(window)
+
+    @cached_property
+    def _heads(self) -> list[Heads] | None:
+        return heads_of(self.model)
 
     def session(self) -> LocalSession:
         return LocalSession(self.model, self._shape, self._heads, self._saved_bytes)

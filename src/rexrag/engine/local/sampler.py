@@ -33,8 +33,8 @@ MAX_ROWS = 512
 """Rows decoded at once; the rest wait for a place."""
 PREFILL_TOKENS = 8192
 """Prompt, evidence and cue tokens in one forward (a single longer row still goes in one piece)."""
-BLOCK_SCORES = 1 << 22
-"""Attention scores of a head in one block of such rows, padding included (a single row may have more)."""
+BLOCK_VALUES = 1 << 24
+"""Values of a layer's copied keys and values, or of a head's scores, in one block of such rows (likewise)."""
 SEARCH_SHARE = 4
 """The retriever is asked once a quarter of the live rows wait for it,"""
 SEARCH_PATIENCE = 16
@@ -234,12 +234,12 @@ class LocalSession:
                 groups.append(single(bank, one, len(rows)))
                 rows += one
             several = [row for row in active if len(row.pending) > 1]
-            blocks += ((bank, part) for part in _blocks(several, bank.capacity))
+            blocks += ((bank, part) for part in _blocks(several, bank))
         start = first = len(rows)
         for bank, part in blocks:
             counts = [len(row.pending) for row in part]
             if start > first and start + sum(counts) - first > PREFILL_TOKENS:
-                continue
+                break
             groups.append(block(bank, part, counts, start))
             rows += part
             start += sum(counts)
@@ -251,7 +251,7 @@ class LocalSession:
         """Run what is pending; the rows that sample next, and the hidden state each samples from."""
         ids = [token for row in rows for token in row.pending]
         positions = [p for row in rows for p in range(row.length, row.length + len(row.pending))]
-        hidden = self._forward(self._tensor(ids), self._tensor(positions), plan)
+        hidden = self._forward(self._shape.tensor(ids), self._shape.tensor(positions), plan)
         self.prefilled_tokens += len(ids) - sum(row.sampled for row in rows)
         ends = np.cumsum([len(row.pending) for row in rows]).tolist()
         self._score_cues(rows, ends, hidden, temperature)
@@ -267,7 +267,7 @@ class LocalSession:
                 self._cache.restore(twin, row, row.length)
             self._twins -= len(row.twins)
             row.twins = []
-        return ready, hidden[self._tensor(last)]
+        return ready, hidden[self._shape.tensor(last)]
 
     def _score_cues(self, rows: list[LiveRow], ends: list[int], hidden: Tensor, temperature: float) -> None:
         """Account for what was appended, and give episodes the log-probs of their cues."""
@@ -283,7 +283,7 @@ class LocalSession:
             row.pending, row.sampled = [], False
         if not cued:
             return
-        at, ids = self._tensor(before), self._tensor(targets)
+        at, ids = self._shape.tensor(before), self._shape.tensor(targets)
         logps = token_logps(self._head, hidden[at], ids, temperature).tolist()
         for row in cued:
             row.episode.take_forced(logps[: row.cue])
@@ -295,7 +295,7 @@ class LocalSession:
         if not rows:
             return
         uniform = uniforms([row.stream for row in rows], [len(row.episode.tokens) for row in rows])
-        ids, logps = draw(self._head, hidden, temperature, self._tensor(uniform))
+        ids, logps = draw(self._head, hidden, temperature, self._shape.tensor(uniform))
         self.generated_tokens += len(rows)
         for row, token, logp in zip(rows, ids.tolist(), logps.tolist(), strict=True):
             if not math.isfinite(logp):
@@ -306,17 +306,18 @@ class LocalSession:
             if episode.state is not State.SAMPLE:
                 self._advance(row)
 
-    def _tensor(self, values: object) -> Tensor:
-        return torch.as_tensor(values, device=self._shape.device)
 
-
-def _blocks(rows: list[LiveRow], capacity: int) -> list[list[LiveRow]]:
+def _blocks(rows: list[LiveRow], bank: Bank[LiveRow]) -> list[list[LiveRow]]:
     """Rows of a bank that append several tokens, parted so that padding at most doubles a row."""
     parts: list[list[LiveRow]] = []
+    room = 0
     for row in sorted(rows, key=lambda row: -len(row.pending)):
-        widest = parts[-1][0] if parts else row
-        scores = (len(parts[-1]) + 1) * len(widest.pending) * capacity if parts else 0
-        if not parts or len(widest.pending) > 2 * len(row.pending) or scores > BLOCK_SCORES:
+        widest = len(parts[-1][0].pending) if parts else 0
+        if not room or widest > 2 * len(row.pending):
             parts.append([])
+            widest = len(row.pending)
+            values = bank.capacity * max(widest, 2 * bank.shape.heads * bank.shape.size)
+            room = max(1, min(BLOCK_VALUES // values, PREFILL_TOKENS // widest))
         parts[-1].append(row)
+        room -= 1
     return parts
