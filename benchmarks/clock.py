@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rexrag.engine.local.decoder import Fused
+
 
 class ModelClock:
     """Adds up the time inside a model's decoder and head, backward passes and optimizer steps (CPU)."""
@@ -41,12 +43,13 @@ class ModelClock:
 
 @contextmanager
 def model_clock(model: Any, optimizer: torch.optim.Optimizer | None = None) -> Iterator[ModelClock]:
-    """Watch a Hugging Face model: its decoder and its head (its own or called alone), and what trains it."""
+    """Watch a model: its decoder (the sampler's merged one too), its head, and what trains it."""
     clock = ModelClock()
     parts: list[nn.Module] = [model.base_model, model.get_output_embeddings()]
     hooks = [part.register_forward_pre_hook(clock.enter) for part in parts]
     hooks += [part.register_forward_hook(clock.leave) for part in parts]
-    backward = torch.Tensor.backward
+    backward, merged = torch.Tensor.backward, Fused.__call__
+    Fused.__call__ = clock.timed(merged)  # type: ignore[method-assign]
     torch.Tensor.backward = clock.timed(backward)  # type: ignore[method-assign]
     step = None if optimizer is None else optimizer.step
     if optimizer is not None:
@@ -54,8 +57,28 @@ def model_clock(model: Any, optimizer: torch.optim.Optimizer | None = None) -> I
     try:
         yield clock
     finally:
-        torch.Tensor.backward = backward  # type: ignore[method-assign]
+        torch.Tensor.backward, Fused.__call__ = backward, merged  # type: ignore[method-assign]
         if optimizer is not None:
             optimizer.step = step  # type: ignore[method-assign]
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def counted_forwards(*models: Any) -> Iterator[list[int]]:
+    """A list that grows by one with each forward of these models' decoders, or of a merged one."""
+    forwards: list[int] = []
+    merged = Fused.__call__
+
+    def run(*args: Any) -> Any:
+        forwards.append(1)
+        return merged(*args)
+
+    hooks = [m.base_model.register_forward_hook(lambda *_: forwards.append(1)) for m in models]
+    Fused.__call__ = run  # type: ignore[method-assign]
+    try:
+        yield forwards
+    finally:
+        for hook in hooks:
+            hook.remove()
+        Fused.__call__ = merged  # type: ignore[method-assign]

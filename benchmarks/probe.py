@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from clock import counted_forwards
 from common import (
     DTYPES,
     Work,
@@ -142,21 +143,19 @@ def main() -> None:
     policy = load_policy(config.policy)
     temperature = config.agent.temperature
     engine = Generate(resolve(args.model), policy.codec, DTYPES[args.dtype], temperature)  # type: ignore[arg-type]
-    forwards: list[int] = []
-    for model in (policy.model, engine.model):
-        model.base_model.register_forward_hook(lambda *_: forwards.append(1))
     runs: dict[str, list[dict[str, float]]] = {"local": [], "official": []}
-    for number in range(-1, args.rounds):  # round -1 warms up and is not counted
-        chosen = grouped(questions, args.rollouts, args.group, number * args.rollouts // args.group)
-        for name in runs if number % 2 else [*runs][::-1]:
-            opened = local(policy, retriever, temperature)
-            run, close = opened if name == "local" else official(engine, policy, retriever)
-            seed = args.seed + 2 * number + 2
-            found = one_round(run, chosen, policy, config, args.probability, seed, forwards)
-            close()
-            if number >= 0:
-                runs[name].append(found)
-                print(f"  round {number + 1}, {name}: cost {found['cost']:.3f}", file=sys.stderr)
+    with counted_forwards(policy.model, engine.model) as forwards:
+        for number in range(-1, args.rounds):  # round -1 warms up and is not counted
+            chosen = grouped(questions, args.rollouts, args.group, number * args.rollouts // args.group)
+            for name in runs if number % 2 else [*runs][::-1]:
+                opened = local(policy, retriever, temperature)
+                run, close = opened if name == "local" else official(engine, policy, retriever)
+                seed = args.seed + 2 * number + 2
+                found = one_round(run, chosen, policy, config, args.probability, seed, forwards)
+                close()
+                if number >= 0:
+                    runs[name].append(found)
+                    print(f"  round {number + 1}, {name}: cost {found['cost']:.3f}", file=sys.stderr)
     middle = {name: {key: median(r[key] for r in of) for key in of[0]} for name, of in runs.items()}
     header = ["", "s/rollout", "s/probe", "cost", "lowest–highest"]
     header += ["token cost", "new", "sampled", "forwards", "above"]
