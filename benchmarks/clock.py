@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -48,16 +49,16 @@ def model_clock(model: Any, optimizer: torch.optim.Optimizer | None = None) -> I
     parts: list[nn.Module] = [model.base_model, model.get_output_embeddings()]
     hooks = [part.register_forward_pre_hook(clock.enter) for part in parts]
     hooks += [part.register_forward_hook(clock.leave) for part in parts]
-    backward, merged = torch.Tensor.backward, Fused.__call__
-    Fused.__call__ = clock.timed(merged)  # type: ignore[method-assign]
+    backward = torch.Tensor.backward
     torch.Tensor.backward = clock.timed(backward)  # type: ignore[method-assign]
     step = None if optimizer is None else optimizer.step
     if optimizer is not None:
         optimizer.step = clock.timed(optimizer.step)  # type: ignore[method-assign]
     try:
-        yield clock
+        with patch.object(Fused, "__call__", clock.timed(Fused.__call__)):
+            yield clock
     finally:
-        torch.Tensor.backward, Fused.__call__ = backward, merged  # type: ignore[method-assign]
+        torch.Tensor.backward = backward  # type: ignore[method-assign]
         if optimizer is not None:
             optimizer.step = step  # type: ignore[method-assign]
         for hook in hooks:
@@ -75,10 +76,9 @@ def counted_forwards(*models: Any) -> Iterator[list[int]]:
         return merged(*args)
 
     hooks = [m.base_model.register_forward_hook(lambda *_: forwards.append(1)) for m in models]
-    Fused.__call__ = run  # type: ignore[method-assign]
     try:
-        yield forwards
+        with patch.object(Fused, "__call__", run):
+            yield forwards
     finally:
         for hook in hooks:
             hook.remove()
-        Fused.__call__ = merged  # type: ignore[method-assign]

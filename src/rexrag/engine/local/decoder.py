@@ -59,6 +59,8 @@ class Fused:
 
 
 class _Layer:
+    """One decoder layer: attention, then gate, up and down, each after its norm and beside a residual."""
+
     def __init__(self, layer: Any, heads: Heads) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.heads, self.size = heads, int(attention.head_dim)
@@ -120,13 +122,13 @@ def _check(body: Any) -> None:
 class _Seen(PackedPlan):
     """Notes what the layers say of their attention."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
-        self.heads[layer] = heads
-        return super().attend(layer, query, key, value, heads)
-
     def __init__(self, segments: Sequence[Segment]) -> None:
         super().__init__(segments)
         self.heads: dict[int, Heads] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
+        self.heads[layer] = heads
+        return super().attend(layer, query, key, value, heads)
 
 
 @torch.inference_mode()
