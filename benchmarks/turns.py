@@ -144,8 +144,9 @@ class TRL:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self.device = choose_device("auto")
         settings = GRPOConfig(
-            output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to="none",
+            output_dir=tempfile.mkdtemp(), use_cpu=self.device.type == "cpu", bf16=False, report_to="none",
             temperature=temperature, top_k=0, top_p=1.0, num_generations=4,
             per_device_train_batch_size=4, beta=0.0, gradient_checkpointing=False,
         )  # fmt: skip
@@ -165,7 +166,7 @@ class TRL:
     def turn(self, rows: Sequence[list[int]], limits: Sequence[int]) -> list[list[int]]:
         length = max(map(len, rows))
         self.read_tokens += length * len(rows)
-        self.stops.begin(length, limits, torch.device("cpu"))
+        self.stops.begin(length, limits, self.device)
         self.trainer.generation_config.max_new_tokens = max(limits)
         completions, _ = self.trainer._generate_single_turn(rows, None, {}, 1)
         return [list(row) for row in completions]

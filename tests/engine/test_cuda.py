@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 from rexrag.config import MethodConfig
+from rexrag.engine.local import sampler
 from rexrag.engine.local.attention import use_packed_attention
+from rexrag.engine.local.cache import CacheShape
+from rexrag.engine.local.decoder import heads_of
 from rexrag.engine.local.learner import LocalLearner
 from rexrag.engine.local.loading import load_engine
 from rexrag.engine.local.sampler import LocalSession
@@ -77,6 +81,38 @@ def test_log_probs_are_those_of_a_full_forward(name):
         episodes = scripts()
         run(model, episodes, temperature)
         assert errors(model, episodes, temperature).max() < 1e-4  # float32 sums of a GPU's own order
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_recorded_steps_sample_what_steps_operation_by_operation_sample(name, own, monkeypatch):
+    """Both by the merged decoder and by the model's own forward."""
+    model = on_gpu(name)
+    heads = None if own else heads_of(model)
+    monkeypatch.setattr(sampler, "MAX_ROWS", 20)
+    found = []
+    for recorded in (True, False):
+        episodes = scripts(turns=4)
+        shape = replace(CacheShape.of(model), recorded=recorded)
+        opened = LocalSession(model, shape, heads)
+        for seed in (1, 2):  # the second run meets banks that stayed
+            episodes = scripts(turns=4)
+            with torch.device("cpu"):
+                opened.run(episodes, Echo(), 1.0, seed)
+        assert errors(model, episodes).max() < 1e-4
+        found.append([episode.tokens for episode in episodes])
+    same = sum(a == b for a, b in zip(*found, strict=True))
+    assert same >= len(found[0]) - 1  # a number on the edge of two tokens may fall to the other side
+
+
+def test_a_forward_that_waits_for_the_device_runs_without_a_recording():
+    model = on_gpu("llama", rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
+    assert heads_of(model) is None
+    episodes = scripts()
+    opened = run(model, episodes)
+    assert errors(model, episodes).max() < 1e-4
+    with torch.device("cpu"):
+        opened.run(scripts(), Echo(), 1.0, 1)
 
 
 def test_log_probs_in_bfloat16_are_near_a_full_forward_in_bfloat16():

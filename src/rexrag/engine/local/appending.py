@@ -31,7 +31,7 @@ class Group:
     places: Tensor
     """Flat (slot, head, position) indices of the new keys."""
     slots: Tensor | None
-    """None where every row of the bank takes part, with one token."""
+    """None where the first slots of the bank take part, with one token each."""
     visible: Tensor
     """Positions that each query sees: [rows of the bank, 1], or [R, n] where rows append several tokens."""
     longest: int
@@ -60,7 +60,7 @@ class Group:
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
         n, q_heads, size = query.shape
-        rows = len(self.bank.rows)
+        rows = n if self.slots is None else len(self.bank.rows)
         # The G query heads of a key head stand where query positions would: no key is repeated.
         grouped = query.reshape(n, keys.shape[1], -1, size)
         if self.slots is not None:  # the other rows of the bank compute, and are thrown away

@@ -25,7 +25,9 @@ from rexrag.errors import ModelError
 GROWTH = 1.3
 """Capacity of a bank relative to the one below: bounds what a short row pays for a longer neighbour."""
 GRAIN = 32
-"""Capacities are multiples of this."""
+"""Capacities are multiples of this,"""
+RECORDED_GRAIN = 256
+"""or of this where decode steps are recorded, so that they are few."""
 
 
 @dataclass(eq=False, slots=True)
@@ -100,6 +102,8 @@ class CacheShape:
     size: int
     dtype: torch.dtype
     device: torch.device
+    recorded: bool = False
+    """Decode steps are recorded (`recorded.py`), which know a bank's address: banks are few, and stay."""
 
     @classmethod
     def of(cls, model: nn.Module) -> CacheShape:
@@ -111,10 +115,12 @@ class CacheShape:
         first = seen.kv[0][0] if sorted(seen.kv) == list(range(len(seen.kv))) and seen.kv else None
         if first is None or any(x.shape != first.shape for pair in seen.kv.values() for x in pair):
             raise ModelError(f"{type(model).__name__}: its layers, or their keys and values, differ in shape")
-        return cls(len(seen.kv), first.shape[1], first.shape[3], first.dtype, first.device)
+        on_gpu = first.device.type == "cuda"
+        return cls(len(seen.kv), first.shape[1], first.shape[3], first.dtype, first.device, on_gpu)
 
     def tensor(self, values: object) -> Tensor:
-        return torch.as_tensor(values, device=self.device)
+        # Values in ordinary memory are copied out before this returns; only the device's work is not awaited.
+        return torch.as_tensor(values).to(self.device, non_blocking=True)
 
     def zeros(self, rows: int, capacity: int) -> Tensor:
         shape = (2, self.layers, rows, self.heads, capacity, self.size)
@@ -145,7 +151,7 @@ class Cache(Generic[R]):
         old = row.bank
         if old is not None and old.capacity >= length:
             return
-        capacity = capacity_for(length)
+        capacity = capacity_for(length, RECORDED_GRAIN if self.shape.recorded else GRAIN)
         bank = self.banks.get(capacity)
         if bank is None:
             # Rows of a step grow together: where one outgrows its bank, the others are about to.
@@ -176,13 +182,13 @@ class Cache(Generic[R]):
 
     def _free(self, bank: Bank[R], slot: int) -> None:
         bank.free(slot)
-        if not bank.rows:
+        if not bank.rows and not self.shape.recorded:
             del self.banks[bank.capacity]
 
 
-def capacity_for(length: int) -> int:
+def capacity_for(length: int, grain: int = GRAIN) -> int:
     """The smallest bank capacity that holds `length` tokens."""
-    capacity = 2 * GRAIN
+    capacity = 2 * grain
     while capacity < length:
-        capacity = -(-int(capacity * GROWTH) // GRAIN) * GRAIN
+        capacity = -(-int(capacity * GROWTH) // grain) * grain
     return capacity

@@ -37,25 +37,30 @@ class Fused:
         self._body = body
         _check(body)
         self._layers = [_Layer(layer, h) for layer, h in zip(body.layers, heads, strict=True)]
-        self._cos = self._sin = body.norm.weight.new_zeros(0, 0)
+        self._tables: tuple[Tensor, Tensor] = (body.norm.weight.new_zeros(0, 0),) * 2
 
     def __call__(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         """Last hidden state of each packed token: ids, positions long [N] -> [N, hidden]."""
-        if int(positions.max()) >= len(self._cos):
-            self._tabulate(2 * int(positions.max()) + 1)
+        self.tabulate(int(positions.max()) + 1)
+        return self.run(ids, positions, plan)
+
+    def run(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        """The same for positions that `tabulate` was told of; waits for nothing on the device."""
         turning = self._layers[0].turning // self._layers[0].size
-        cos, sin = (x.index_select(0, positions).repeat(1, turning) for x in (self._cos, self._sin))
+        cos, sin = (x.index_select(0, positions).repeat(1, turning) for x in self._tables)
         x = self._body.embed_tokens(ids)
         for index, layer in enumerate(self._layers):
             x = layer(x, cos, sin, plan, index)
         return _norm(self._body.norm, x)
 
-    def _tabulate(self, count: int) -> None:
-        """Cosines and signed sines of the first positions, [count, D]."""
-        weight = self._body.norm.weight
-        cos, sin = self._body.rotary_emb(weight, torch.arange(count, device=weight.device)[None])
-        half = cos.shape[-1] // 2
-        self._cos, self._sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+    def tabulate(self, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of at least the first `count` positions, [positions, D] each."""
+        if count > len(self._tables[0]):
+            weight = self._body.norm.weight
+            cos, sin = self._body.rotary_emb(weight, torch.arange(2 * count, device=weight.device)[None])
+            half = cos.shape[-1] // 2
+            self._tables = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+        return self._tables
 
 
 class _Layer:

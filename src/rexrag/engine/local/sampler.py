@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from rexrag.agent.episode import Episode, State
 from rexrag.engine.local.appending import CachedPlan, Group, block, single
-from rexrag.engine.local.attention import Heads, Plan, hidden_states, token_logps
+from rexrag.engine.local.attention import Heads, hidden_states, token_logps
 from rexrag.engine.local.cache import Bank, Cache, CacheShape, Row
 from rexrag.engine.local.decoder import Fused
 from rexrag.engine.local.draw import draw, streams, uniforms
+from rexrag.engine.local.recorded import Forward, Recorded
 from rexrag.engine.local.repack import Repacked
 from rexrag.errors import DataError, ModelError
 from rexrag.retrieval.base import Retriever
@@ -87,9 +88,11 @@ class LocalSession:
         self.prefilled_tokens = 0
         self._model, self._shape = model, shape
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        self._forward: Callable[[Tensor, Tensor, Plan], Tensor] = partial(hidden_states, model)
+        self._forward: Forward = partial(hidden_states, model)
         if heads is not None:
             self._forward = Fused(model.base_model, heads)
+        if shape.recorded:
+            self._forward = Recorded(self._forward)
         self._weights = Repacked(model if heads is None else self._head)
         self._cache: Cache[LiveRow] = Cache(shape)
         self._known: dict[int, LiveRow] = {}  # by id of the episode, which the row keeps alive
@@ -126,7 +129,7 @@ class LocalSession:
         queue = deque(row for row in rows if row.episode.state is not State.DONE)
         try:
             with self._weights.used():
-                while queue or self._cache.banks:
+                while queue or self._cache.live:
                     self._admit(queue)
                     self._ask(retriever)
                     rows, plan = self._plan()

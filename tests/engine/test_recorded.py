@@ -1,0 +1,98 @@
+"""Recorded decode steps: who writes where, on a CPU, where the recorded step runs operation by operation.
+
+`test_cuda.py` has the same sampler with real graphs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rexrag.engine.local import cache, recorded, sampler
+from rexrag.engine.local.attention import use_packed_attention
+from rexrag.engine.local.cache import CacheShape
+from rexrag.engine.local.decoder import heads_of
+from rexrag.engine.local.sampler import LocalSession
+from tests.engine.scripted import MAKERS, Echo
+from tests.engine.test_sampler import CUE, largest_error, last_sampled, rollouts, run
+
+
+def packed(name: str):
+    made = MAKERS[name]()
+    use_packed_attention(made)
+    return made
+
+
+def recording_session(made, own: bool = False) -> LocalSession:
+    shape = replace(CacheShape.of(made), recorded=True)
+    return LocalSession(made, shape, None if own else heads_of(made))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("grain", [8, 256])
+def test_rollouts_and_probes_are_those_of_the_plain_sampler(model, monkeypatch, grain, own):
+    """With few rows at once, banks that rows outgrow, searches that wait, and banks that empty and fill."""
+    monkeypatch.setattr(cache, "RECORDED_GRAIN", grain)
+    monkeypatch.setattr(sampler, "MAX_ROWS", 11)
+    episodes, expected = rollouts(8, 3, turns=4), rollouts(8, 3, turns=4)
+    opened, plain = recording_session(model, own), run(model, expected, seed=4)
+    opened.run(episodes, Echo(), 1.0, 4)
+    assert [e.tokens for e in episodes] == [e.tokens for e in expected]
+    assert largest_error(model, episodes) < 1e-4
+    sets = [[e.fork(CUE, max(1, last_sampled(e) // 2)) for e in done] for done in (episodes, expected)]
+    opened.run(sets[0], Echo(), 1.0, 9)
+    plain.run(sets[1], Echo(), 1.0, 9)
+    for probe, other in zip(*sets, strict=True):
+        assert probe.tokens == other.tokens
+        assert np.allclose(probe.logps, other.logps, atol=1e-4)
+    assert (opened.generated_tokens, opened.prefilled_tokens) == (
+        plain.generated_tokens,
+        plain.prefilled_tokens,
+    )
+
+
+def test_a_step_is_recorded_once_for_a_power_of_two_of_rows(monkeypatch):
+    made = packed("llama")
+    steps, kept = [], []
+    record = recorded.Recorded._record
+
+    def watched(self, bank, ids, positions):
+        steps.append((bank.capacity, bank.room, len(ids)))
+        kept.append(bank)
+        return record(self, bank, ids, positions)
+
+    monkeypatch.setattr(recorded.Recorded, "_record", watched)
+    opened = recording_session(made)
+    for seed in range(3):
+        opened.run(rollouts(7, 3), Echo(), 1.0, seed)
+    assert len(set(steps)) == len(steps) > 1
+    assert {rows for _, _, rows in steps} <= {8, 16, 21} and {capacity for capacity, _, _ in steps} == {512}
+    opened.close()
+    assert not opened._cache.banks
+
+
+def test_a_row_that_waits_keeps_its_cache(monkeypatch):
+    """Its slot takes part in every step: the garbage must lie past its end, also at a bank's very end."""
+    monkeypatch.setattr(cache, "RECORDED_GRAIN", 4)
+    monkeypatch.setattr(sampler, "SEARCH_PATIENCE", 1000)
+    monkeypatch.setattr(sampler, "SEARCH_SHARE", 1)
+    made = packed("qwen2")
+    ends = []
+    step = recorded.Recorded._step
+
+    def watched(self, group, ids):
+        ends.extend(group.bank.capacity - row.length for row in group.bank.rows if row.waiting)
+        before = [group.bank.view(row).clone() for row in group.bank.rows]
+        hidden = step(self, group, ids)
+        for row, kv in zip(group.bank.rows, before, strict=True):
+            assert torch.equal(group.bank.view(row), kv)
+        return hidden
+
+    monkeypatch.setattr(recorded.Recorded, "_step", watched)
+    episodes = rollouts(6, 4, turns=4)
+    recording_session(made).run(episodes, Echo(), 1.0, 0)
+    assert ends and min(ends) == 1
+    assert largest_error(made, episodes) < 1e-4
