@@ -74,6 +74,15 @@ def test_a_step_is_recorded_once_for_a_power_of_two_of_rows(monkeypatch):
     assert not opened._cache.banks
 
 
+def test_a_large_bank_goes_with_its_last_row(monkeypatch):
+    opened = recording_session(packed("llama"))
+    opened.run(rollouts(3, 2), Echo(), 1.0, 0)
+    assert list(opened._cache.banks) == [512]
+    monkeypatch.setattr(cache, "KEPT_BYTES", 100)
+    opened.run(rollouts(3, 2), Echo(), 1.0, 0)
+    assert not opened._cache.banks
+
+
 def test_a_row_that_waits_keeps_its_cache(monkeypatch):
     """Its slot takes part in every step: the garbage must lie past its end, also at a bank's very end."""
     monkeypatch.setattr(cache, "RECORDED_GRAIN", 4)

@@ -28,6 +28,8 @@ GRAIN = 32
 """Capacities are multiples of this,"""
 RECORDED_GRAIN = 256
 """or of this where decode steps are recorded, so that they are few."""
+KEPT_BYTES = 2 << 30
+"""A bank without rows stays for its recordings, unless it is larger."""
 
 
 @dataclass(eq=False, slots=True)
@@ -103,7 +105,7 @@ class CacheShape:
     dtype: torch.dtype
     device: torch.device
     recorded: bool = False
-    """Decode steps are recorded (`recorded.py`), which know a bank's address: banks are few, and stay."""
+    """Decode steps are recorded (`recorded.py`) for a bank where it lies: banks are few, and stay."""
 
     @classmethod
     def of(cls, model: nn.Module) -> CacheShape:
@@ -182,7 +184,7 @@ class Cache(Generic[R]):
 
     def _free(self, bank: Bank[R], slot: int) -> None:
         bank.free(slot)
-        if not bank.rows and not self.shape.recorded:
+        if not bank.rows and not (self.shape.recorded and bank.kv.nbytes <= KEPT_BYTES):
             del self.banks[bank.capacity]
 
 
