@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from rexrag.config import MethodConfig
-from rexrag.engine.local import sampler
+from rexrag.engine.local import cache, sampler
 from rexrag.engine.local.attention import use_packed_attention
 from rexrag.engine.local.cache import CacheShape
 from rexrag.engine.local.decoder import heads_of
 from rexrag.engine.local.learner import LocalLearner
 from rexrag.engine.local.loading import load_engine
+from rexrag.engine.local.recorded import Recorded
 from rexrag.engine.local.sampler import LocalSession
 from rexrag.presets import resolve
 from rexrag.train import train
@@ -83,36 +84,54 @@ def test_log_probs_are_those_of_a_full_forward(name):
         assert errors(model, episodes, temperature).max() < 1e-4  # float32 sums of a GPU's own order
 
 
+@pytest.fixture
+def captures(monkeypatch):
+    """Sizes of the steps that were recorded."""
+    sizes: list[int] = []
+    capture = Recorded._capture
+
+    def watched(self, step, device, keep):
+        replay = capture(self, step, device, keep)
+        sizes.append(len(keep[0]))
+        return replay
+
+    monkeypatch.setattr(Recorded, "_capture", watched)
+    return sizes
+
+
+@pytest.mark.parametrize("grain", [8, 256])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_recorded_steps_sample_what_steps_operation_by_operation_sample(name, own, monkeypatch):
-    """Both by the merged decoder and by the model's own forward."""
+def test_recorded_steps_sample_what_unrecorded_ones_do(name, own, grain, monkeypatch, captures):
+    """The merged decoder and the model's own; banks that rows leave, that grow, stay or go."""
     model = on_gpu(name)
     heads = None if own else heads_of(model)
     monkeypatch.setattr(sampler, "MAX_ROWS", 20)
+    monkeypatch.setattr(cache, "RECORDED_GRAIN", grain)
+    monkeypatch.setattr(cache, "KEPT_BYTES", 0 if grain == 8 else 1 << 30)
     found = []
     for recorded in (True, False):
-        episodes = scripts(turns=4)
         shape = replace(CacheShape.of(model), recorded=recorded)
         opened = LocalSession(model, shape, heads)
-        for seed in (1, 2):  # the second run meets banks that stayed
-            episodes = scripts(turns=4)
+        for seed, count in enumerate((2, 8, 8)):  # few rows first: a bank that stays has to grow
+            episodes = scripts(count, turns=4)
             with torch.device("cpu"):
                 opened.run(episodes, Echo(), 1.0, seed)
         assert errors(model, episodes).max() < 1e-4
         found.append([episode.tokens for episode in episodes])
+        assert bool(captures) == recorded
+        captures.clear()
     same = sum(a == b for a, b in zip(*found, strict=True))
     assert same >= len(found[0]) - 1  # a number on the edge of two tokens may fall to the other side
 
 
-def test_a_forward_that_waits_for_the_device_runs_without_a_recording():
+def test_a_forward_that_waits_for_the_device_is_not_recorded(captures):
     model = on_gpu("llama", rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
     assert heads_of(model) is None
     episodes = scripts()
-    opened = run(model, episodes)
+    run(model, episodes)
     assert errors(model, episodes).max() < 1e-4
-    with torch.device("cpu"):
-        opened.run(scripts(), Echo(), 1.0, 1)
+    assert not captures
 
 
 def test_log_probs_in_bfloat16_are_near_a_full_forward_in_bfloat16():

@@ -16,7 +16,7 @@ from rexrag.engine.local.attention import use_packed_attention
 from rexrag.engine.local.cache import CacheShape
 from rexrag.engine.local.decoder import heads_of
 from rexrag.engine.local.sampler import LocalSession
-from tests.engine.scripted import MAKERS, Echo
+from tests.engine.scripted import MAKERS, Echo, qwen2
 from tests.engine.test_sampler import CUE, largest_error, last_sampled, rollouts, run
 
 
@@ -56,12 +56,11 @@ def test_rollouts_and_probes_are_those_of_the_plain_sampler(model, monkeypatch, 
 
 def test_a_step_is_recorded_once_for_a_power_of_two_of_rows(monkeypatch):
     made = packed("llama")
-    steps, kept = [], []
+    steps = []
     record = recorded.Recorded._record
 
     def watched(self, bank, ids, positions):
         steps.append((bank.capacity, bank.room, len(ids)))
-        kept.append(bank)
         return record(self, bank, ids, positions)
 
     monkeypatch.setattr(recorded.Recorded, "_record", watched)
@@ -72,6 +71,51 @@ def test_a_step_is_recorded_once_for_a_power_of_two_of_rows(monkeypatch):
     assert {rows for _, _, rows in steps} <= {8, 16, 21} and {capacity for capacity, _, _ in steps} == {512}
     opened.close()
     assert not opened._cache.banks
+
+
+def test_a_bank_that_grew_is_recorded_anew(monkeypatch):
+    made = packed("llama")
+    opened = recording_session(made)
+    opened.run(rollouts(2, 1), Echo(), 1.0, 0)  # room for a few
+    episodes = rollouts(8, 3, turns=4)
+    opened.run(episodes, Echo(), 1.0, 0)
+    (bank,) = opened._cache.banks.values()
+    assert bank.room > 8 and {room for room, _ in opened._forward._steps[bank]} == {bank.room}
+    assert largest_error(made, episodes) < 1e-4
+
+
+def test_windows_hide_the_same_tokens(monkeypatch):
+    monkeypatch.setattr(cache, "RECORDED_GRAIN", 8)
+    made = qwen2(num_key_value_heads=1, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    use_packed_attention(made)
+    assert {heads.window for heads in heads_of(made)} == {None, 16}
+    episodes, expected = rollouts(6, 2, turns=4), rollouts(6, 2, turns=4)
+    recording_session(made).run(episodes, Echo(), 1.0, 2)
+    run(made, expected, seed=2)
+    assert [e.tokens for e in episodes] == [e.tokens for e in expected]
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
+    """From the step on in which it fails, which has already written its keys."""
+    made, calls = packed("llama"), []
+    record = recorded.Recorded._record
+
+    def second_fails(self, bank, ids, positions):
+        calls.append(len(ids))
+        step = record(self, bank, ids, positions)
+        if len(calls) == 2:
+            step()
+            raise recorded.CaptureError("not permitted")
+        return step
+
+    monkeypatch.setattr(recorded.Recorded, "_record", second_fails)
+    opened, expected = recording_session(made), rollouts(8, 3, turns=4)
+    episodes = rollouts(8, 3, turns=4)
+    opened.run(episodes, Echo(), 1.0, 4)
+    run(made, expected, seed=4)
+    assert [e.tokens for e in episodes] == [e.tokens for e in expected]
+    assert len(calls) == 2 and not opened._forward._steps
+    assert caplog.text.count("not recorded") == 1
 
 
 def test_a_large_bank_goes_with_its_last_row(monkeypatch):

@@ -2,9 +2,9 @@
 
 A bank holds rows of one capacity: [2, layers, rows, K, capacity, D], its live rows densely in front. A row
 that outgrows its bank moves to the next one, so one long row never makes the others pay: each decode step
-reads, per bank, as much as the bank's own longest row needs. A finished row leaves its bank as a tight copy,
-from which a probe or another rollout of the same prompt can start. A token is copied a few times in its life,
-and read at every step.
+reads, per bank, as much as the bank's own longest row needs (a recorded one, all that it has room for). A
+finished row leaves its bank as a tight copy, from which a probe or another rollout of the same prompt can
+start. A token is copied a few times in its life, and read at every step.
 
 Shape suffixes: K key-value heads, D head size.
 """
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rexrag.engine.local.attention import Heads, hidden_states
+from rexrag.engine.local.decoder import fixed_angles
 from rexrag.errors import ModelError
 
 GROWTH = 1.3
@@ -29,7 +30,7 @@ GRAIN = 32
 RECORDED_GRAIN = 256
 """or of this where decode steps are recorded, so that they are few."""
 KEPT_BYTES = 2 << 30
-"""A bank without rows stays for its recordings, unless it is larger."""
+"""Banks without rows stay for their recordings, as long as all of them are not larger."""
 
 
 @dataclass(eq=False, slots=True)
@@ -117,12 +118,11 @@ class CacheShape:
         first = seen.kv[0][0] if sorted(seen.kv) == list(range(len(seen.kv))) and seen.kv else None
         if first is None or any(x.shape != first.shape for pair in seen.kv.values() for x in pair):
             raise ModelError(f"{type(model).__name__}: its layers, or their keys and values, differ in shape")
-        on_gpu = first.device.type == "cuda"
-        return cls(len(seen.kv), first.shape[1], first.shape[3], first.dtype, first.device, on_gpu)
+        recorded = first.device.type == "cuda" and fixed_angles(model.base_model)
+        return cls(len(seen.kv), first.shape[1], first.shape[3], first.dtype, first.device, recorded)
 
     def tensor(self, values: object) -> Tensor:
-        # Values in ordinary memory are copied out before this returns; only the device's work is not awaited.
-        return torch.as_tensor(values).to(self.device, non_blocking=True)
+        return torch.as_tensor(values, device=self.device)
 
     def zeros(self, rows: int, capacity: int) -> Tensor:
         shape = (2, self.layers, rows, self.heads, capacity, self.size)
@@ -184,7 +184,8 @@ class Cache(Generic[R]):
 
     def _free(self, bank: Bank[R], slot: int) -> None:
         bank.free(slot)
-        if not bank.rows and not (self.shape.recorded and bank.kv.nbytes <= KEPT_BYTES):
+        empty = sum(other.kv.nbytes for other in self.banks.values() if not other.rows)
+        if not bank.rows and not (self.shape.recorded and empty <= KEPT_BYTES):
             del self.banks[bank.capacity]
 
 

@@ -108,9 +108,14 @@ def _merged(*linears: nn.Linear) -> Product:
     return product(weight, torch.cat(biases) if biases else None)
 
 
+def fixed_angles(body: Any) -> bool:
+    """Whether rotary angles depend on nothing but the position: others look at what the device computed."""
+    return getattr(getattr(body, "rotary_emb", None), "rope_type", None) in ROPES
+
+
 def _check(body: Any) -> None:
     """Raises ValueError for what `Fused` would get wrong, AttributeError for a part that is missing."""
-    if body.config.model_type not in FAMILIES or body.rotary_emb.rope_type not in ROPES:
+    if body.config.model_type not in FAMILIES or not fixed_angles(body):
         raise ValueError("another family, or angles that depend on more than the position")
     linears = [getattr(layer.self_attn, name) for layer in body.layers for name in _ATTENTION]
     linears += [getattr(layer.mlp, name) for layer in body.layers for name in _MLP]

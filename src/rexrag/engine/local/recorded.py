@@ -1,17 +1,19 @@
 """Decode steps as recorded graphs, for a GPU: one launch, where Python would start every operation by itself.
 
 A step that appends one token to every row of a bank is the same operations on the same memory each time, as
-long as the bank stays where it is. It is recorded for a power of two of rows and the bank's whole capacity,
-and then replayed with other tokens. Slots without a token compute too, and what they write lies past the end
-of their row. Prompts, evidence and cues run as they are.
+long as the bank stays where it is. It is recorded for a power of two of rows (or all that the bank has room
+for) and the bank's whole capacity, and then replayed with other tokens. Slots without a token compute too,
+and what they write lies past the end of their row. Prompts, evidence and cues run as they are.
 
 On a CPU nothing is recorded, and the same step runs operation by operation: for tests of who writes where.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,8 +26,13 @@ from rexrag.engine.local.decoder import Fused
 
 Replay = Callable[[], Tensor]
 """-> hidden states [rows, hidden], in memory that the next replay overwrites."""
+log = logging.getLogger(__name__)
 LEAST_ROWS = 8
 """Rows of the smallest recording."""
+
+
+class CaptureError(RuntimeError):
+    """A step could not be recorded, though it ran."""
 
 
 @dataclass(slots=True)
@@ -44,19 +51,30 @@ Forward = Callable[[Tensor, Tensor, CachedPlan], Tensor]
 
 
 class Recorded:
-    """A forward whose decode steps are recorded. Stale once the weights lie elsewhere."""
+    """A forward whose decode steps are recorded. Stale once the weights change."""
 
     def __init__(self, forward: Forward) -> None:
-        """forward: a `Fused` decoder, or a model's own."""
+        """forward: a `Fused` decoder, or a model's own, which must not wait for the device."""
         self._forward = self._run = forward
         self._prepare: Callable[[int], Any] = lambda _: None
         if isinstance(forward, Fused):
             self._run, self._prepare = forward.run, forward.tabulate
         self._steps: WeakKeyDictionary[Bank[Any], dict[tuple[int, int], Recording]] = WeakKeyDictionary()
         self._pool: Any = None
+        self._failed = False
 
     def __call__(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor:
         """See `Forward`. Groups of single tokens come first in the plan."""
+        if not self._failed:
+            try:
+                return self._call(ids, positions, plan)
+            except CaptureError as error:
+                self._failed = True
+                self._steps.clear()
+                log.warning("decode steps are not recorded, and so slower: %s", error)
+        return self._forward(ids, positions, plan)
+
+    def _call(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor:
         steps = [group for group in plan.groups if group.padded is None]
         out = [self._step(group, ids[group.start : group.stop]) for group in steps]
         rest = plan.groups[len(steps) :]
@@ -75,8 +93,10 @@ class Recorded:
         bank = group.bank
         live = len(bank.rows)
         known = self._steps.setdefault(bank, {})
-        key = bank.room, min(_rows(live), bank.room)  # a bank that grew lies elsewhere
+        key = bank.room, min(_rows(live), bank.room)
         if key not in known:
+            for other in [other for other in known if other[0] != bank.room]:
+                del known[other]  # a bank that grew lies elsewhere
             known[key] = Recording(*torch.zeros(2, key[1], dtype=torch.long, device=ids.device))
         recording = known[key]
         slots = slice(live) if group.slots is None else group.slots
@@ -110,31 +130,37 @@ class Recorded:
         return self._capture(step, ids.device, keep=(ids, positions, firsts, tables))
 
     def _capture(self, step: Replay, device: torch.device, keep: Sequence[Any]) -> Replay:
-        """A replay of `step`; `step` itself where a model's own forward waits for the device.
+        """A replay of `step`. Raises CaptureError.
 
         keep: what the step reads, beside weights and caches.
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        current, stream = torch.cuda.current_stream(device), _stream(device)
         # The libraries set themselves up in a first run, on the stream that is recorded.
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             step()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 hidden = step()
-        except RuntimeError:
-            self._pool = None
-            return step
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a failed capture leaves its own
+            raise CaptureError(str(error).splitlines()[0]) from None
 
         def replay(kept: Sequence[Any] = keep) -> Tensor:
             graph.replay()
             return hidden
 
         return replay
+
+
+@cache
+def _stream(device: torch.device) -> Any:
+    """One for all recordings: memory between operations, and the libraries' own, belong to a stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _rows(live: int) -> int:
