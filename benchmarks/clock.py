@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rexrag.engine.local.decoder import Fused
+from rexrag.engine.local.recorded import Recorded
 
 
 class ModelClock:
@@ -49,35 +50,36 @@ def model_clock(model: Any, optimizer: torch.optim.Optimizer | None = None) -> I
     parts: list[nn.Module] = [model.base_model, model.get_output_embeddings()]
     hooks = [part.register_forward_pre_hook(clock.enter) for part in parts]
     hooks += [part.register_forward_hook(clock.leave) for part in parts]
-    backward = torch.Tensor.backward
-    torch.Tensor.backward = clock.timed(backward)  # type: ignore[method-assign]
-    step = None if optimizer is None else optimizer.step
-    if optimizer is not None:
-        optimizer.step = clock.timed(optimizer.step)  # type: ignore[method-assign]
+    timed: list[tuple[Any, str]] = [(torch.Tensor, "backward"), (Fused, "__call__"), (Recorded, "__call__")]
+    timed += [] if optimizer is None else [(optimizer, "step")]
     try:
-        with patch.object(Fused, "__call__", clock.timed(Fused.__call__)):
+        with ExitStack() as stack:
+            for owner, name in timed:
+                stack.enter_context(patch.object(owner, name, clock.timed(getattr(owner, name))))
             yield clock
     finally:
-        torch.Tensor.backward = backward  # type: ignore[method-assign]
-        if optimizer is not None:
-            optimizer.step = step  # type: ignore[method-assign]
         for hook in hooks:
             hook.remove()
 
 
 @contextmanager
 def counted_forwards(*models: Any) -> Iterator[list[int]]:
-    """A list that grows by one with each forward of these models' decoders, or of a merged one."""
+    """A list that grows by one with each forward of these models' decoders, merged or recorded ones too."""
     forwards: list[int] = []
-    merged = Fused.__call__
 
-    def run(*args: Any) -> Any:
-        forwards.append(1)
-        return merged(*args)
+    def counted(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            forwards.append(1)
+            return work(*args)
+
+        return run
 
     hooks = [m.base_model.register_forward_hook(lambda *_: forwards.append(1)) for m in models]
     try:
-        with patch.object(Fused, "__call__", run):
+        with (
+            patch.object(Fused, "__call__", counted(Fused.__call__)),
+            patch.object(Recorded, "_step", counted(Recorded._step)),
+        ):
             yield forwards
     finally:
         for hook in hooks:

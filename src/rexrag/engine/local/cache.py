@@ -30,7 +30,7 @@ GRAIN = 32
 RECORDED_GRAIN = 256
 """or of this where decode steps are recorded, so that they are few."""
 KEPT_BYTES = 2 << 30
-"""Banks without rows stay for their recordings, as long as all of them are not larger."""
+"""Banks without rows stay for their recordings, up to so many bytes in all."""
 
 
 @dataclass(eq=False, slots=True)

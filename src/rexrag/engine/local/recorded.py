@@ -24,6 +24,8 @@ from rexrag.engine.local.appending import CachedPlan, Group
 from rexrag.engine.local.cache import Bank
 from rexrag.engine.local.decoder import Fused
 
+Forward = Callable[[Tensor, Tensor, CachedPlan], Tensor]
+"""(ids, positions, plan) -> last hidden state of each packed token: long [N], long [N] -> [N, hidden]."""
 Replay = Callable[[], Tensor]
 """-> hidden states [rows, hidden], in memory that the next replay overwrites."""
 log = logging.getLogger(__name__)
@@ -44,10 +46,6 @@ class Recording:
     positions: Tensor
     """Where it goes, long [rows]."""
     replay: Replay | None = None
-
-
-Forward = Callable[[Tensor, Tensor, CachedPlan], Tensor]
-"""(ids, positions, plan) -> last hidden state of each packed token: long [N], long [N] -> [N, hidden]."""
 
 
 class Recorded:
