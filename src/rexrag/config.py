@@ -148,6 +148,9 @@ class MethodConfig(Model):
     decision to go on is too rare for a clip of 20 % a step."""
     tail_cap: Positive = 1.0
     cue_loss: Literal["all", "first", "none"] = "all"
+    prefix_loss: Literal["all", "none"] = "all"
+    """none: what a probe took over from its base rollout (o′) is trained in the base rollout's row alone, and
+    gets no credit for how the probe went on."""
     alpha: Literal["batch", "group"] = "batch"
     failure_rate: Literal["batch", "question"] = "batch"
     allow_large_alpha: bool = False

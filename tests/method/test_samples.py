@@ -144,6 +144,21 @@ def test_cue_loss_trains_all_first_or_none_of_the_cue():
     assert trained == {"all": [True] * 3, "first": [True, False, False], "none": [False] * 3}
 
 
+@pytest.mark.parametrize("realignment", ["paper", "trajectory", "internalize", "none"])
+def test_prefix_loss_leaves_a_probe_s_prefix_to_its_base_rollout(realignment):
+    config = CONFIG.model_copy(update={"realignment": realignment})
+    _, whole, streams = loss_and_gradient(rows(), config)
+    _, without, masked = loss_and_gradient(rows(), config.model_copy(update={"prefix_loss": "none"}))
+    prefix = streams.segment == int(Segment.PREFIX)
+    prefix[:6] = False
+    assert streams.mask[prefix].any() and not masked.mask[prefix].any()
+    assert torch.equal(masked.mask[~prefix], streams.mask[~prefix])
+    assert bool((without[prefix] == 0).all()) and torch.equal(masked.behaviour_logp, streams.behaviour_logp)
+    # The others keep their direction; the mean is over fewer tokens.
+    share = streams.mask.sum() / masked.mask.sum()
+    assert torch.allclose(without[~prefix], whole[~prefix] * share, atol=1e-7)
+
+
 def test_paper_densities_reach_the_streams():
     rows_, groups, right = rows()
     _, _, streams = loss_and_gradient((rows_, groups, right), CONFIG)

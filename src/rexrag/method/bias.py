@@ -44,6 +44,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "  alpha of the batch, filter": replace(_EXACT, alpha="realised", filter=True),
     "paper (fine)": _PAPER,
     "paper (coarse)": replace(_PAPER, cue_density="coarse"),
+    "paper (fine), prefix not trained": replace(_PAPER, prefix_loss="none"),
     "none (probes uncorrected)": replace(_EXACT, realignment="none"),
     "internalize, tail one": _INTERNAL,
     "internalize, tail truncated": replace(_INTERNAL, tail="truncated"),
@@ -52,6 +53,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "plain GRPO, std baseline": replace(_EXACT, probes=False, baseline="std"),
     "trajectory, std baseline": replace(_EXACT, baseline="std"),
     "paper, as a run does it": _SHIPPED,
+    "  prefix not trained": replace(_SHIPPED, prefix_loss="none"),
     "none, as a run does it": replace(_SHIPPED, realignment="none"),
     "internalize one, as a run does it": replace(_SHIPPED, realignment="internalize"),
 }

@@ -41,6 +41,7 @@ class Estimator:
     realignment: Literal["trajectory", "paper", "none", "internalize"] = "trajectory"
     cue_density: Literal["fine", "coarse"] = "fine"
     tail: Literal["one", "truncated"] = "one"
+    prefix_loss: Literal["all", "none"] = "all"
     alpha: Literal["expected", "realised"] = "expected"
     failure_rate: Literal["dead ends", "inaccuracy", "realised"] = "dead ends"
     fail_known: bool = True
@@ -185,6 +186,9 @@ class _Setting:
         elif kind == "internalize":
             logp, behaviour, truncated = self._internalized(logp)
             written = probes.spliced.written
+        if self.estimator.prefix_loss == "none":
+            cut = probes.spliced_cut if kind == "internalize" else probes.cut
+            written = written & (torch.arange(written.shape[1])[None, :] >= cut[:, None])
         reward = probes.paths.reward
         total = torch.zeros_like(logp)
         for chance, others in self._siblings(self.kept - 1):

@@ -236,8 +236,11 @@ def _positions(batch: Batch) -> Tensor:
 
 
 def _trained(batch: Batch, config: MethodConfig, trie: CueTrie | None) -> Tensor:
-    """POLICY tokens, and the cue tokens that `cue_loss` names (`first` is the pool's common opening)."""
+    """POLICY tokens, those of a probe's o′ as `prefix_loss` says, and the cue tokens that `cue_loss` names
+    (`first` is the pool's common opening)."""
     mask = batch.origin == int(Origin.POLICY)
+    if config.prefix_loss == "none":
+        mask = mask & (_positions(batch) >= batch.cut[:, None])
     trained_cue = {"all": None, "first": trie.opening if trie else 0, "none": 0}[config.cue_loss]
     is_cue = batch.origin == int(Origin.CUE)
     if trained_cue is not None:
