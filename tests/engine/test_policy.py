@@ -6,8 +6,16 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -15,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from rexrag.agent.episode import Episode, State
 from rexrag.config import AgentConfig, Config, MethodConfig, PolicyConfig
 from rexrag.config_io import parse_config
+from rexrag.engine.local import loading
 from rexrag.engine.local import policy as policy_module
 from rexrag.engine.local.attention import use_packed_attention
 from rexrag.engine.local.loading import (
@@ -213,9 +222,45 @@ def test_model_folders_that_cannot_be_used_are_named(folder, tmp_path):
     refused(empty, "no usable causal language model")
 
 
-def test_names_that_may_be_ids_are_left_to_the_hub():
-    assert resolve("owner/name") == "owner/name"
-    assert resolve("name") == "name"
+def hub_error(kind, status):
+    return kind("no", response=httpx.Response(status, request=httpx.Request("HEAD", "https://hub")))
+
+
+@pytest.mark.parametrize(
+    ("answer", "refused"),
+    [
+        (None, None),
+        (hub_error(RemoteEntryNotFoundError, 404), None),
+        (hub_error(GatedRepoError, 403), None),
+        (hub_error(HfHubHTTPError, 503), None),
+        (hub_error(RepositoryNotFoundError, 404), "no such folder, and no such model on http"),
+        (httpx.ConnectError("Name or service not known"), "cannot be asked: Name or service"),
+        (httpx.ConnectTimeout(""), "cannot be asked: ConnectTimeout"),
+        (OfflineModeIsEnabled("it is set"), "cannot be asked: it is set"),
+    ],
+)
+def test_names_that_may_be_ids_are_looked_up_once(monkeypatch, answer, refused):
+    asked = []
+
+    def head(url, timeout):
+        asked.append((url, timeout))
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(loading, "get_hf_file_metadata", head)
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda name, file: None)
+    for name in ("owner/name", "name"):
+        if refused:
+            with pytest.raises(ModelError, match=f"^{name}: .*{refused}"):
+                resolve(name)
+        else:
+            assert resolve(name) == name
+    assert [name in url and timeout == 10.0 for url, timeout in asked] == [True, True]
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda name, file: "/cache/config.json")
+    assert resolve("owner/name") == "owner/name" and len(asked) == 2
+
+
+def test_other_names_were_meant_as_folders():
     for path in ("a/b/c", "", "/x", "~/x", "./x", "models/none", "runs/none"):
         with pytest.raises(ModelError, match="no such model folder"):
             resolve(path)

@@ -9,7 +9,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -27,6 +35,7 @@ from rexrag.io import sha256_file
 
 EMBEDDED = {"embedded": "hard", "embedded-middle": "middle", "embedded-easy": "easy"}
 """Starts shipped in the package: name in the configuration -> folder in `rexrag/data/starts`."""
+REACH_SECONDS = 10.0
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MODEL_FILES = (
     "*.safetensors",
@@ -139,6 +148,7 @@ def resolve(path: str) -> str:
         folder = Path(path).expanduser()
         if not path or not folder.exists():
             if _may_be_id(path):
+                _reach(path)
                 return path
             raise ModelError(f"policy.path = '{path}': no such model folder")
     if not (folder / "config.json").is_file():
@@ -157,6 +167,24 @@ def _may_be_id(path: str) -> bool:
     owner, slash, _ = path.partition("/")
     a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1
     return bool(path) and not a_folder and not (slash and owner in FOLDERS)
+
+
+def _reach(name: str) -> None:
+    """Ask once whether there is such a model; a library that gets no answer asks on for more than a minute.
+
+    Raises ModelError. Other troubles (a gated model, a file that is missing) show when it is loaded.
+    """
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=REACH_SECONDS)
+    except (httpx.TransportError, OfflineModeIsEnabled) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        where = f"a hub ({constants.ENDPOINT}) cannot be asked"
+        raise ModelError(f"{name}: no such folder, not in the cache, and {where}: {reason}") from None
+    except HfHubHTTPError as error:
+        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+            raise ModelError(f"{name}: no such folder, and no such model on {constants.ENDPOINT}") from None
 
 
 def identity(source: str) -> list[str]:
