@@ -5,6 +5,8 @@
                                                                       # two arms in pairs
     python benchmarks/arms.py docs/results/hard.jsonl --collect OUT --batch NAME
                                                                       # add the runs of a finished comparison
+    python benchmarks/arms.py docs/results/hard.jsonl docs/results/hard-new-seeds.jsonl --along 15000,30000
+                                        # several files together; differences along the budget, by interpolation
 
 A row is one run: arm, seed, and the figures that `rexrag compare` worked out. `batch` names the machine and
 day; an arm is compared with the control's run of the same seed in the same batch, in pairs.
@@ -17,9 +19,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rexrag.comparison import COMPARED, differences
 from rexrag.config import SPENT
-from rexrag.intervals import differs
+from rexrag.intervals import differs, interval, paired_p
 from rexrag.io import write_text
 from rexrag.types import Segment
 
@@ -56,7 +60,8 @@ def collect(out: Path, batch: str) -> Rows:
 def in_points(difference: dict[str, float]) -> str:
     """Mean, interval and p of a paired difference; bold where `intervals.differs`."""
     value, low, high = (100 * difference[name] for name in ("value", "low", "high"))
-    text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}] p {difference['p']:.3f}".replace("-", "−")
+    p = f"p {difference['p']:.3f}" if difference["p"] >= 0.001 else "p < .001"
+    text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}] {p}".replace("-", "−")
     return f"**{text}**" if differs(difference) else text
 
 
@@ -75,6 +80,25 @@ def table(rows: Rows, control: str) -> str:
             cells.append(mean if arm == control or pair is None else f"{mean}, {in_points(pair)}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def along(rows: Rows, control: str, spent: list[float]) -> str:
+    """Markdown: the paired difference to the control at points of the budget, between evaluations linear."""
+    base = {(row["batch"], row["seed"]): row for row in rows if row["arm"] == control}
+    lines = [f"| arm | pairs | {' | '.join(f'{x:,.0f}' for x in spent)} |", "|---" * (2 + len(spent)) + "|"]
+    for arm in dict.fromkeys(row["arm"] for row in rows if row["arm"] != control):
+        own = [row for row in rows if row["arm"] == arm and (row["batch"], row["seed"]) in base]
+        cells = []
+        for x in spent:
+            scores = [[_score(row, x), _score(base[row["batch"], row["seed"]], x)] for row in own]
+            pairs = [float(one - other) for one, other in scores]
+            cells.append(in_points(interval(pairs) | {"p": paired_p(pairs)}) if pairs else "–")
+        lines.append(f"| `{arm}` | {len(own)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _score(row: dict[str, Any], spent: float) -> float:
+    return float(np.interp(spent, *zip(*row["curve"], strict=True)))
 
 
 def on_the_way(rows: Rows) -> str:
@@ -108,13 +132,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="+")
     parser.add_argument("--collect", type=Path, help="a folder that `rexrag compare` wrote")
     parser.add_argument("--batch", default="", help="machine and day of these runs")
     parser.add_argument("--control", default="grpo")
     parser.add_argument("--arms", default="", help="only these beside the control, with commas")
+    parser.add_argument("--along", default="", help="points of the budget, with commas")
     args = parser.parse_args()
-    lines = args.file.read_text(encoding="utf-8").splitlines() if args.file.is_file() else []
+    if args.collect and len(args.file) > 1:
+        parser.error("--collect adds to one file")
+    lines = [line for f in args.file if f.is_file() for line in f.read_text(encoding="utf-8").splitlines()]
     rows = [json.loads(line) for line in lines]
     if args.collect:
         known = {(row["batch"], row["arm"], row["seed"]) for row in rows}
@@ -123,12 +150,15 @@ def main() -> None:
             for row in collect(args.collect, args.batch)
             if (row["batch"], row["arm"], row["seed"]) not in known
         ]
-        args.file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.file, "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
+        args.file[0].parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.file[0], "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
     if args.arms:
         rows = [row for row in rows if row["arm"] in (args.control, *args.arms.split(","))]
     rows.sort(key=lambda row: row["arm"] != args.control)
-    print(table(rows, args.control), on_the_way(rows), sep="\n\n")
+    if args.along:
+        print(along(rows, args.control, [float(x) for x in args.along.split(",")]))
+    else:
+        print(table(rows, args.control), on_the_way(rows), sep="\n\n")
 
 
 if __name__ == "__main__":
