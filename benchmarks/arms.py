@@ -6,7 +6,7 @@
     python benchmarks/arms.py docs/results/hard.jsonl --collect OUT --batch NAME
                                                                       # add the runs of a finished comparison
     python benchmarks/arms.py docs/results/hard.jsonl docs/results/hard-new-seeds.jsonl --along 15000,30000
-                                        # several files together; differences along the budget, by interpolation
+                                   # several files together; differences along the budget, by interpolation
 
 A row is one run: arm, seed, and the figures that `rexrag compare` worked out. `batch` names the machine and
 day; an arm is compared with the control's run of the same seed in the same batch, in pairs.
