@@ -98,7 +98,8 @@ def along(rows: Rows, control: str, spent: list[float]) -> str:
 
 
 def _score(row: dict[str, Any], spent: float) -> float:
-    return float(np.interp(spent, *zip(*row["curve"], strict=True)))
+    points = np.array(row["curve"])
+    return float(np.interp(spent, points[:, 0], points[:, 1]))
 
 
 def on_the_way(rows: Rows) -> str:
