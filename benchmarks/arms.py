@@ -90,8 +90,7 @@ def along(rows: Rows, control: str, spent: list[float]) -> str:
         own = [row for row in rows if row["arm"] == arm and (row["batch"], row["seed"]) in base]
         cells = []
         for x in spent:
-            scores = [[_score(row, x), _score(base[row["batch"], row["seed"]], x)] for row in own]
-            pairs = [float(one - other) for one, other in scores]
+            pairs = [_score(row, x) - _score(base[row["batch"], row["seed"]], x) for row in own]
             cells.append(in_points(interval(pairs) | {"p": paired_p(pairs)}) if pairs else "–")
         lines.append(f"| `{arm}` | {len(own)} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -260,6 +260,11 @@ def test_names_that_may_be_ids_are_looked_up_once(monkeypatch, answer, refused):
     assert resolve("owner/name") == "owner/name" and len(asked) == 2
 
 
+def test_a_name_that_no_hub_could_know_is_refused():
+    with pytest.raises(ModelError, match="my model: no such folder, and no name that a hub could know"):
+        resolve("my model")
+
+
 def test_other_names_were_meant_as_folders():
     for path in ("a/b/c", "", "/x", "~/x", "./x", "models/none", "runs/none"):
         with pytest.raises(ModelError, match="no such model folder"):

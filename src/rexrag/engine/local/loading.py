@@ -15,6 +15,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
@@ -174,14 +175,17 @@ def _reach(name: str) -> None:
 
     Raises ModelError. Other troubles (a gated model, a file that is missing) show when it is loaded.
     """
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
     try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=REACH_SECONDS)
     except (httpx.TransportError, OfflineModeIsEnabled) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = f"a hub ({constants.ENDPOINT}) cannot be asked"
         raise ModelError(f"{name}: no such folder, not in the cache, and {where}: {reason}") from None
+    except HFValidationError as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{name}: no such folder, and no name that a hub could know: {reason}") from None
     except HfHubHTTPError as error:
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
             raise ModelError(f"{name}: no such folder, and no such model on {constants.ENDPOINT}") from None
