@@ -42,38 +42,47 @@ def uniforms(keys: Sequence[int], positions: Sequence[int]) -> NDArray[np.float6
     return bits.astype(np.float64) * 2.0**-53
 
 
-def draw(head: nn.Module, hidden: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden [M, hidden], uniform float64 [M] -> token ids long [M], natural log-probs float32 [M].
+def draw(
+    head: nn.Module, hidden: Tensor, temperature: float, uniform: Tensor, counts: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """hidden [R, hidden], uniform float64 [M] -> token ids long [M], natural log-probs float32 [M].
 
+    counts: how many of the M draws, in order, are from each of the R distributions; one each by default.
     Temperature 0 takes the likeliest token and reports its log-prob at temperature 1.
     """
     size = max(1, CHUNK_LOGITS // int(head.out_features))  # type: ignore[arg-type]
-    slices = [slice(start, start + size) for start in range(0, len(hidden), size)]
-    parts = [_draw(head(hidden[s]), temperature, uniform[s]) for s in slices]
+    each = np.array(counts or [1] * len(hidden))
+    parts = []
+    end = 0
+    for start in range(0, len(hidden), size):
+        some = each[start : start + size]
+        first, end = end, end + int(some.sum())
+        row = torch.as_tensor(np.arange(len(some)).repeat(some), device=hidden.device)
+        parts.append(_draw(head(hidden[start : start + size]), temperature, uniform[first:end], row))
     return torch.cat([tokens for tokens, _ in parts]), torch.cat([logps for _, logps in parts])
 
 
-def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, temperature: float, uniform: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     logp = torch.log_softmax(scaled_logits(logits, temperature), dim=-1)
     if temperature == 0.0:
-        token = logp.argmax(dim=-1, keepdim=True)
+        token = logp.argmax(dim=-1)[row]
     else:
-        token = invert(logp.exp(), uniform[:, None]).clamp_(max=logits.shape[-1] - 1)
-    return token[:, 0], logp.gather(1, token)[:, 0]
+        token = invert(logp.exp(), uniform[:, None], row)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    return token, logp[row, token]
 
 
-def invert(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The outcome [M, 1] at which the distribution function of [M, V] passes `uniform` [M, 1].
+def invert(probs: Tensor, uniform: Tensor, row: Tensor) -> Tensor:
+    """The outcome [M, 1] at which distribution function `row` [M] of [R, V] passes `uniform` [M, 1].
 
     In two levels, blocks and then one block's outcomes, because a running sum over a large vocabulary is
     slow; in float64, because rounding would shift mass between rare tokens.
     """
     short = -probs.shape[1] % BLOCK
     blocks = (nn.functional.pad(probs, (0, short)) if short else probs).view(len(probs), -1, BLOCK)
-    mass = blocks.sum(dim=-1, dtype=torch.float64)
+    mass = blocks.sum(dim=-1, dtype=torch.float64)[row]
     scaled = uniform * mass.sum(dim=-1, keepdim=True)
     block, before = find(mass, scaled)
-    inside = blocks.take_along_dim(block[:, :, None], dim=1)[:, 0].double()
+    inside = blocks[row, block[:, 0]].double()
     outcome, _ = find(inside, scaled - before)
     return block * BLOCK + outcome
 

@@ -2,8 +2,10 @@
 
 A row that samples appends one token, a row with evidence or a cue appends a block, a new row appends its
 prompt; all are packed into one forward without padding (`attention.py`), on caches that outlive turns and
-rollouts (`cache.py`). Rows that search wait a little for company, so that the retriever is asked in batches.
-A row's random numbers are a function of the seed, its place and its position: neighbours change nothing.
+rollouts (`cache.py`). Episodes share a row for as long as they have said and read the same: one forward, one
+draw for each, and a row of its own for whatever differs. Rows that search wait a little for company, so that
+the retriever is asked in batches. An episode's random numbers are a function of the seed, its place and its
+position: neighbours change nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,26 +47,30 @@ SAVED_BYTES = 4 << 30
 """Caches of finished rows, kept for probes; past it the oldest go, and their probes are prefilled anew."""
 
 
+class Member(NamedTuple):
+    """An episode, and the key of its random numbers."""
+
+    episode: Episode
+    stream: int
+
+
 @dataclass(eq=False, slots=True)
 class LiveRow(Row):
-    """An episode with its cache, and the tokens that it has to append next."""
+    """Episodes that are the same so far, with their cache and the tokens to append next."""
 
-    episode: Episode = field(kw_only=True)
-    stream: int = field(kw_only=True)
-    """Key of its random numbers."""
+    members: list[Member] = field(kw_only=True)
     pending: list[int] = field(default_factory=list)
     sampled: bool = False
     """`pending` begins with a token that was sampled."""
     cue: int = 0
-    """The last `cue` pending tokens are a cue whose log-probs the episode waits for."""
+    """The last `cue` pending tokens are a cue whose log-probs the episodes wait for."""
     waiting: bool = False
     """It waits for documents."""
-    twins: list[LiveRow] = field(default_factory=list)
-    """Fresh rows with the same prompt, which start where this one's prompt ends."""
 
     @property
-    def fresh(self) -> bool:
-        return self.episode.state is State.SAMPLE and not self.episode.tokens
+    def episode(self) -> Episode:
+        """One that stands for all."""
+        return self.members[0].episode
 
     @property
     def cached(self) -> bool:
@@ -96,13 +103,15 @@ class LocalSession:
         self._weights = Repacked(model if heads is None else self._head)
         self._cache: Cache[LiveRow] = Cache(shape)
         self._known: dict[int, LiveRow] = {}  # by id of the episode, which the row keeps alive
+        self._starting: dict[Any, LiveRow] = {}
+        """Rows that have run nothing yet, by what they start with."""
         self._prompts: dict[tuple[int, ...], LiveRow] = {}
         self._saved: deque[LiveRow] = deque()
         self._saved_bytes, self._saved_limit = 0, saved_bytes
         self._waiting: list[LiveRow] = []
         self._waited = 0
-        self._twins = 0
-        """Rows that wait for another one's prompt, and then take a place each."""
+        self._live = 0
+        """Episodes under way; each may come to need a row."""
 
     def close(self) -> None:
         """Free every cache and copy."""
@@ -110,10 +119,11 @@ class LocalSession:
         self._weights.clear()
         self._forward = partial(hidden_states, self._model)
         self._known.clear()
+        self._starting.clear()
         self._prompts.clear()
         self._saved.clear()
         self._waiting.clear()
-        self._saved_bytes = self._twins = 0
+        self._saved_bytes = self._live = 0
 
     @torch.inference_mode()
     def run(self, episodes: Sequence[Episode], retriever: Retriever, temperature: float, seed: int) -> None:
@@ -125,8 +135,8 @@ class LocalSession:
         if not all(episode.prompt for episode in episodes):
             raise DataError("an episode's prompt has no tokens")
         cuts = [0 if e.cut is None else 1 + e.cut for e in episodes]
-        rows = [LiveRow(episode=e, stream=s) for e, s in zip(episodes, streams(seed, cuts), strict=True)]
-        queue = deque(row for row in rows if row.episode.state is not State.DONE)
+        members = [Member(e, s) for e, s in zip(episodes, streams(seed, cuts), strict=True)]
+        queue = deque(member for member in members if member.episode.state is not State.DONE)
         try:
             with self._weights.used():
                 while queue or self._cache.live:
@@ -141,57 +151,86 @@ class LocalSession:
 
     # -- where rows come from and go to --------------------------------------------------------------------
 
-    def _admit(self, queue: deque[LiveRow]) -> None:
-        """Start queued rows: from a parent's cache, from a row with the same prompt, or from nothing."""
-        later: list[LiveRow] = []
+    def _admit(self, queue: deque[Member]) -> None:
+        """Start episodes: in a row that is about to do the same, from the cache of another, or from nothing."""
+        later: list[Member] = []
         expected = min(len(queue), MAX_ROWS)
-        for _ in range(min(len(queue), MAX_ROWS - self._cache.live - self._twins)):
-            row = queue.popleft()
-            source, shared = self._source(row)
-            if source is not None and not source.length:  # about to run the same prompt
-                twin = source.fresh and row.fresh
-                (source.twins if twin else later).append(row)
-                self._twins += twin
-                continue
-            prefix = [*row.episode.prompt, *row.episode.tokens]
-            if source is None:
-                self._cache.reserve(row, len(prefix), expected)
-            else:  # the last token of a prefix runs again: its logits say what comes next
-                length = min(shared, source.length, len(prefix) - 1)
-                self._cache.restore(row, source, length, expected)
-            self._known[id(row.episode)] = row
-            row.pending = prefix[row.length :]
+        for _ in range(min(len(queue), MAX_ROWS - self._live)):
+            member = queue.popleft()
+            episode = member.episode
+            prefix = [*episode.prompt, *episode.tokens]
+            start = tuple(prefix), *_wish(episode)
+            row = self._starting.get(start)
+            if row is None:
+                source, shared = self._source(episode)
+                if source is not None and not source.length:  # about to run the same prompt
+                    later.append(member)
+                    continue
+                row = self._starting[start] = LiveRow(members=[])
+                if source is None:
+                    self._cache.reserve(row, len(prefix), expected)
+                else:  # the last token of a prefix runs again: its logits say what comes next
+                    length = min(shared, source.length, len(prefix) - 1)
+                    self._cache.restore(row, source, length, expected)
+                row.pending = prefix[row.length :]
+                self._prompts.setdefault(episode.prompt, row)
+            row.members.append(member)
+            self._known[id(episode)] = row
+            self._live += 1
+        for row in self._starting.values():
             self._advance(row)
-            if row.pending:
-                self._prompts.setdefault(row.episode.prompt, row)
+        self._starting.clear()
         queue.extendleft(reversed(later))
 
-    def _source(self, row: LiveRow) -> tuple[LiveRow | None, int]:
-        """A row to start from, and how many first tokens it shares with this one."""
-        episode = row.episode
+    def _source(self, episode: Episode) -> tuple[LiveRow | None, int]:
+        """A row to start from, and how many first tokens it shares with this episode."""
         parent = self._known.get(id(episode.parent))
         if parent is not None and parent.cached:
             return parent, len(episode.prompt) + (episode.cut or 0)
         return self._prompts.get(episode.prompt), len(episode.prompt)
 
+    def _part(self, row: LiveRow, parts: Sequence[list[Member]]) -> list[LiveRow]:
+        """A row for each part of its members: the row itself for the first, copies for the others."""
+        rows = [row]
+        row.members = parts[0]
+        for members in parts[1:]:
+            other = LiveRow(members=members, pending=[*row.pending], sampled=row.sampled)
+            self._cache.restore(other, row, row.length)
+            self._known |= {id(member.episode): other for member in members}
+            rows.append(other)
+        return rows
+
+    def _by_wish(self, row: LiveRow) -> list[LiveRow]:
+        """Rows whose episodes wait for the same."""
+        if len(row.members) == 1:
+            return [row]
+        parts: dict[Any, list[Member]] = {}
+        for member in row.members:
+            parts.setdefault(_wish(member.episode), []).append(member)
+        return self._part(row, list(parts.values()))
+
     def _advance(self, row: LiveRow) -> None:
-        """Do what the episode's state asks for, up to the next forward."""
-        episode = row.episode
-        while episode.state is State.FORCED:
-            row.pending += episode.forced
-            if episode.forced_origin is Origin.CUE:
-                row.cue = len(episode.forced)
-                return
-            episode.take_forced([0.0] * len(episode.forced))
-        if episode.state is State.SEARCH:
-            row.waiting = True
-            self._waiting.append(row)
-        elif episode.state is State.DONE:
-            self._finish(row)
+        """Do what the episodes' state asks for, up to the next forward."""
+        for part in self._by_wish(row):
+            episode = part.episode
+            if episode.state is State.FORCED:
+                part.pending += episode.forced
+                if episode.forced_origin is Origin.CUE:
+                    part.cue = len(episode.forced)
+                    continue
+                for member in part.members:
+                    member.episode.take_forced([0.0] * len(member.episode.forced))
+                self._advance(part)
+            elif episode.state is State.SEARCH:
+                part.waiting = True
+                self._waiting.append(part)
+            elif episode.state is State.DONE:
+                self._finish(part)
 
     def _finish(self, row: LiveRow) -> None:
         """Take a finished row out of the batch and keep its cache, as far as memory for that goes."""
         row.pending = []
+        self._live -= len(row.members)
         self._cache.save(row)
         self._saved.append(row)
         self._saved_bytes += 0 if row.saved is None else row.saved.nbytes
@@ -216,7 +255,8 @@ class LocalSession:
                 answers = retriever.search([row.episode.query for row in asking], topk)
             for row, documents in zip(asking, answers, strict=True):
                 row.waiting = False
-                row.episode.found(documents)
+                for member in row.members:
+                    member.episode.found(documents)
                 self._advance(row)
 
     # -- one step ------------------------------------------------------------------------------------------
@@ -258,18 +298,15 @@ class LocalSession:
         self.prefilled_tokens += len(ids) - sum(row.sampled for row in rows)
         ends = np.cumsum([len(row.pending) for row in rows]).tolist()
         self._score_cues(rows, ends, hidden, temperature)
-        ready, last = [], []
+        ready: list[LiveRow] = []
+        last: list[int] = []
         for row, end in zip(rows, ends, strict=True):
-            if row.episode.state is State.SAMPLE:
-                ready += [row, *row.twins]
-                last += [end - 1] * (1 + len(row.twins))
-            else:
-                self._advance(row)
-            for twin in row.twins:
-                self._known[id(twin.episode)] = twin
-                self._cache.restore(twin, row, row.length)
-            self._twins -= len(row.twins)
-            row.twins = []
+            for part in self._by_wish(row):
+                if part.episode.state is State.SAMPLE:
+                    ready.append(part)
+                    last.append(end - 1)
+                else:
+                    self._advance(part)
         return ready, hidden[self._shape.tensor(last)]
 
     def _score_cues(self, rows: list[LiveRow], ends: list[int], hidden: Tensor, temperature: float) -> None:
@@ -289,25 +326,39 @@ class LocalSession:
         at, ids = self._shape.tensor(before), self._shape.tensor(targets)
         logps = token_logps(self._head, hidden[at], ids, temperature).tolist()
         for row in cued:
-            row.episode.take_forced(logps[: row.cue])
+            for member in row.members:
+                member.episode.take_forced(logps[: row.cue])
             logps = logps[row.cue :]
             row.cue = 0
 
     def _sample(self, rows: list[LiveRow], hidden: Tensor, temperature: float) -> None:
-        """One token for each row."""
+        """One token for each episode; those of a row that draw another one go on in a row of their own."""
         if not rows:
             return
-        uniform = uniforms([row.stream for row in rows], [len(row.episode.tokens) for row in rows])
-        ids, logps = draw(self._head, hidden, temperature, self._shape.tensor(uniform))
-        self.generated_tokens += len(rows)
-        for row, token, logp in zip(rows, ids.tolist(), logps.tolist(), strict=True):
-            if not math.isfinite(logp):
-                raise ModelError(f"the model's logits are not finite after {row.length} tokens")
-            row.pending, row.sampled = [token], True
-            episode = row.episode
-            episode.sampled(token, logp)
-            if episode.state is not State.SAMPLE:
-                self._advance(row)
+        members = [member for row in rows for member in row.members]
+        uniform = uniforms([m.stream for m in members], [len(m.episode.tokens) for m in members])
+        counts = [len(row.members) for row in rows]
+        ids, logps = draw(self._head, hidden, temperature, self._shape.tensor(uniform), counts)
+        self.generated_tokens += len(members)
+        drawn = zip(ids.tolist(), logps.tolist(), strict=True)
+        for row in rows:
+            parts: dict[int, list[Member]] = {}
+            for member, (token, logp) in zip(row.members, drawn, strict=False):
+                if not math.isfinite(logp):
+                    raise ModelError(f"the model's logits are not finite after {row.length} tokens")
+                parts.setdefault(token, []).append(member)
+                member.episode.sampled(token, logp)
+            for part, token in zip(self._part(row, list(parts.values())), parts, strict=True):
+                part.pending, part.sampled = [token], True
+                if len(part.members) > 1 or part.episode.state is not State.SAMPLE:
+                    self._advance(part)
+
+
+def _wish(episode: Episode) -> tuple[object, ...]:
+    """What an episode waits for: those that have said the same and wait for the same can go on as one."""
+    if episode.state is State.SAMPLE:
+        return (episode.state,)
+    return episode.state, episode.forced, episode.forced_origin, episode.query, episode.topk
 
 
 def _blocks(rows: list[LiveRow], bank: Bank[LiveRow]) -> list[list[LiveRow]]:
