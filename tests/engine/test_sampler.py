@@ -154,6 +154,90 @@ def test_the_seed_and_the_place_decide(model):
     assert len({tuple(t) for t in tokens(1)}) == 6
 
 
+def counted(opened: LocalSession) -> list[int]:
+    """A list that grows by the number of tokens of each forward."""
+    sizes, forward = [], opened._forward
+
+    def watched(ids, positions, plan):
+        sizes.append(len(ids))
+        return forward(ids, positions, plan)
+
+    opened._forward = watched
+    return sizes
+
+
+def run_prefixes(episodes: list[Script]) -> set[tuple[int, ...]]:
+    """Every beginning of a row that the model had to run, once. Nothing follows the last sampled token."""
+    rows = [(*e.prompt, *e.tokens[: last_sampled(e)]) for e in episodes]
+    return {row[:end] for row in rows for end in range(1, len(row) + 1)}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.15, 1.0])
+def test_what_rollouts_have_in_common_is_run_once(model, temperature):
+    episodes = rollouts(4, 12, turns=4)
+    opened = session(model)
+    sizes = counted(opened)
+    opened.run(episodes, Echo(), temperature, 5)
+    assert sum(sizes) == len(run_prefixes(episodes))
+    tokens = sum(last_sampled(e) for e in episodes)
+    assert temperature == 1.0 or sum(sizes) < (0.3 if temperature == 0.0 else 0.8) * tokens
+    assert opened.generated_tokens == sum(e.origins.count(int(Origin.POLICY)) for e in episodes)
+    for place in (0, 13, 47):  # each is what it would have been alone
+        alone = [Script(e.prompt, turns=4) for e in episodes]
+        for other in alone[:place] + alone[place + 1 :]:
+            other.state = State.DONE
+        run(model, alone, temperature, seed=5)
+        assert alone[place].tokens == episodes[place].tokens
+        assert np.allclose(alone[place].logps, episodes[place].logps, atol=1e-5)
+    assert largest_error(model, episodes, temperature or 1.0) < 2e-5
+    opened.close()
+
+
+def test_rollouts_that_said_the_same_part_where_they_want_different_things(model):
+    options = [{}, {"turn_tokens": 5}, {"turns": 2}, {"evidence": 4}, {}]
+    episodes = [Script(prompt, **chosen) for prompt in prompts(6) for chosen in options]
+    asking_less = episodes[4::5]
+    for episode in asking_less:
+        episode.topk = 1
+    run(model, episodes, temperature=0.0)
+    for place, episode in enumerate(episodes):
+        alone = Script(episode.prompt, **options[place % 5])
+        alone.topk = episode.topk
+        run(model, [alone], temperature=0.0)
+        assert alone.tokens == episode.tokens
+    assert any(x.tokens != y.tokens for x, y in zip(episodes[::5], episodes[1::5], strict=True))
+    assert any(x.tokens != y.tokens for x, y in zip(episodes[::5], asking_less, strict=True))
+
+
+def test_probes_with_the_same_past_and_cue_start_as_one(model):
+    parents = rollouts(3, 4)
+    opened = run(model, parents, temperature=0.0)
+    cut = 1 + min(last_sampled(parent) for parent in parents)
+    probes = [p.fork(cue, cut) for p, cue in zip(parents, 3 * [CUE, CUE, CUE[:2], CUE], strict=True)]
+    before, sizes = opened.prefilled_tokens, counted(opened)
+    opened.run(probes, Echo(), 1.0, 7)
+    assert sizes[0] == 3 * (1 + len(CUE)) + 3 * (1 + len(CUE[:2]))
+    fresh = session(model)
+    again = [p.fork(cue, cut) for p, cue in zip(parents, 3 * [CUE, CUE, CUE[:2], CUE], strict=True)]
+    fresh.run(again, Echo(), 1.0, 7)
+    assert [probe.tokens for probe in probes] == [probe.tokens for probe in again]
+    assert len({tuple(probe.tokens) for probe in probes}) > 6
+    assert largest_error(model, probes) < 1e-5
+    assert opened.prefilled_tokens > before
+
+
+def test_finished_rollouts_that_are_the_same_keep_one_cache(model):
+    parents = rollouts(3, 5)
+    opened = run(model, parents, temperature=0.0)
+    assert len(opened._saved) == 3 and not opened._cache.banks
+    before = opened.prefilled_tokens
+    probes = [parent.fork(CUE, cut=1 + last_sampled(parent)) for parent in parents]
+    opened.run(probes, Echo(), 1.0, 1)
+    assert largest_error(model, probes) < 1e-5
+    evidence = sum(sum(o > Origin.CUE for o in p.origins[p.cut :]) for p in probes)
+    assert opened.prefilled_tokens - before <= 3 * (1 + len(CUE)) + evidence
+
+
 def test_a_prompt_is_prefilled_once_for_all_its_rollouts(model):
     for each in (1, 7):
         # One turn of one token: what a search or a notice appends ends the episode and is never run.
@@ -164,7 +248,7 @@ def test_a_prompt_is_prefilled_once_for_all_its_rollouts(model):
 
 
 def test_every_evidence_token_is_prefilled_once(model):
-    episodes = rollouts(6, 2, turns=4)
+    episodes = rollouts(6, 1, turns=4)
     opened = run(model, episodes)
     appended = 0
     for episode in episodes:
@@ -351,6 +435,13 @@ def test_drawing_follows_the_distribution():
         expected = torch.searchsorted(reached, point * reached[:, -1:], right=True)
         some = reached[:, -1] > 0
         assert torch.equal(invert(probs, point, torch.arange(300))[some], expected[some])
+    counts = [3, 1, 0, 2]
+    wide, hidden = torch.nn.Linear(4, 1000), torch.randn(4, 4)
+    apart = hidden.repeat_interleave(torch.tensor(counts), dim=0)
+    for temperature in (0.0, 0.5):
+        shared = draw(wide, hidden, temperature, uniform[:6], counts)
+        one_each = draw(wide, apart, temperature, uniform[:6])
+        assert torch.equal(shared[0], one_each[0]) and torch.allclose(shared[1], one_each[1], atol=1e-6)
     # Outcomes without mass at either end, and in the blocks there, are never found.
     probs = torch.zeros(2, 1000)
     probs[:, 400], probs[:, 700] = 0.25, 0.5

@@ -152,7 +152,7 @@ class LocalSession:
     # -- where rows come from and go to --------------------------------------------------------------------
 
     def _admit(self, queue: deque[Member]) -> None:
-        """Start episodes: in a row that is about to do the same, from the cache of another, or from nothing."""
+        """Start episodes: in a row that is about to do the same, from another's cache, or from nothing."""
         later: list[Member] = []
         expected = min(len(queue), MAX_ROWS)
         for _ in range(min(len(queue), MAX_ROWS - self._live)):
