@@ -4,13 +4,13 @@
     python benchmarks/learn.py --model models/smollm2-2wiki --questions 4 --set policy.train_last_layers=8
 
 One step is drawn once; the learner then updates on it in several ways, in interleaved rounds:
-  packed         as it is: rows side by side, each shared prompt once, rows without advantage skipped
+  packed         as it is: rows side by side, each beginning once, rows without advantage skipped
   every row      rows without advantage are run too
-  own prompts    every row, and every row reads its own prompt
+  by itself      every row, and every row reads all of itself
   padded         every row, [rows, longest] with padding, in micro-batches of as many tokens
 All weights are trained unless `policy.train_last_layers` is set. Tokens a second counts the rows that are
 run, prompt and response, without padding. The share of peak counts the operations that those rows need when
-each shared prompt is read once (three forwards' worth; less where only the last layers are trained), over
+each shared beginning is read once (three forwards' worth; less where only the last layers are trained), over
 the speed of a large matrix product measured in the same process. `model` is the share of an update inside the
 model, its backward pass and the optimizer; the rest is overhead.
 """
@@ -43,7 +43,7 @@ from rexrag.engine.local import learner as learner_module
 from rexrag.engine.local.attention import token_logps
 from rexrag.engine.local.learner import LocalLearner
 from rexrag.engine.local.loading import load_engine
-from rexrag.engine.local.packing import TokenRow, pack_rows
+from rexrag.engine.local.packing import TokenRow, pack, pack_rows
 from rexrag.setup import load_cues
 from rexrag.step import collect
 from rexrag.types import Sample
@@ -91,22 +91,16 @@ def _padded(rows: Sequence[TokenRow], batch: list[int]) -> Padded:
     return Padded(list(batch), ids, [len(rows[i][0]) for i in batch])
 
 
-def pack_own_prompts(rows: Sequence[TokenRow], indices: Sequence[int], max_tokens: int) -> Iterator[Any]:
-    """`pack_rows` with a prompt for each row: prompts that differ are never shared."""
+def pack_apart(rows: Sequence[TokenRow], indices: Sequence[int], max_tokens: int) -> Iterator[Any]:
+    """`pack_rows`, but every row by itself."""
     batch: list[int] = []
     for index in indices:
         if batch and sum(len(rows[i][0]) + len(rows[i][1]) for i in (*batch, index)) > max_tokens:
-            yield _pack_apart(rows, batch)
+            yield pack(rows, [[i] for i in batch])
             batch = []
         batch.append(index)
     if batch:
-        yield _pack_apart(rows, batch)
-
-
-def _pack_apart(rows: Sequence[TokenRow], batch: list[int]) -> Any:
-    from rexrag.engine.local.packing import _pack
-
-    return _pack(rows, [(tuple(rows[i][0]), [i]) for i in batch])
+        yield pack(rows, [[i] for i in batch])
 
 
 @contextmanager
@@ -120,18 +114,16 @@ def packing(packer: Packer) -> Iterator[None]:
 
 
 def operations(size: Size, samples: Sequence[Sample], model: Any, max_tokens: int) -> float:
-    """Of forward and backward over these rows, each shared prompt read once."""
+    """Of forward and backward over these rows, what they begin with read once."""
     rows: list[TokenRow] = [(sample.prompt, sample.tokens) for sample in samples]
     total = 0.0
     trained = sum(p.numel() for p in model.base_model.parameters() if p.requires_grad)
     embedding = model.get_input_embeddings().weight
     trained -= embedding.numel() if embedding.requires_grad else 0
     back = min(1.0, trained / size.body)
-    for pack in pack_rows(rows, range(len(rows)), max_tokens):
-        context = [0 if s.context is None else pack.segments[s.context].size for s in pack.segments]
-        pairs = sum(s.size * (c + (s.size + 1) / 2) for s, c in zip(pack.segments, context, strict=True))
-        body = size.forward(len(pack.ids), pairs, 0)
-        head = size.forward(0, 0, len(pack.targets))
+    for made in pack_rows(rows, range(len(rows)), max_tokens):
+        body = size.forward(len(made.ids), sum(made.positions) + len(made.ids), 0)
+        head = size.forward(0, 0, len(made.targets))
         total += body * (1 + 2 * back) + head * (3 if embedding.requires_grad else 2)
     return total
 
@@ -173,7 +165,7 @@ def main() -> None:
     ways: dict[str, tuple[Packer, list[Sample]]] = {
         "packed": (pack_rows, samples),
         "every row": (pack_rows, every),
-        "own prompts": (pack_own_prompts, every),
+        "by itself": (pack_apart, every),
         "padded": (pad_rows, every),
     }
     limits = machine(args.dtype)

@@ -24,8 +24,8 @@ def _benchmarks_are_importable(monkeypatch):
 
 
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
-def test_padded_rows_and_rows_with_their_own_prompts_have_the_packed_log_probs(max_tokens):
-    from learn import pack_own_prompts, pad_rows
+def test_padded_rows_and_rows_by_themselves_have_the_packed_log_probs(max_tokens):
+    from learn import pack_apart, pad_rows
 
     model = MAKERS["llama"]()
     use_packed_attention(model)
@@ -41,7 +41,7 @@ def test_padded_rows_and_rows_with_their_own_prompts_have_the_packed_log_probs(m
 
     with torch.no_grad():
         packed = logps(pack_rows)
-        for packer in (pack_own_prompts, pad_rows):
+        for packer in (pack_apart, pad_rows):
             for ours, theirs in zip(packed, logps(packer), strict=True):
                 assert torch.allclose(ours, theirs, atol=1e-5)
 

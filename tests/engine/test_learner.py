@@ -445,25 +445,80 @@ def test_a_mirror_follows_the_master_weights():
     assert all(torch.equal(moved[name], start[name]) for name in moved)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
-    shapes=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=20),
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from([(1,), (1, 1), (1, 2, 3), (8,) * 11]), st.lists(st.integers(1, 2), max_size=7)
+        ),
+        max_size=20,
+    ),
     max_tokens=st.integers(1, 60),
 )
-def test_packs_cover_every_row_once_within_the_limit(shapes, max_tokens):
-    heads = [(1,), (2, 3), (4, 5, 6, 7), (8,) * 11]
-    rows = [(heads[h], list(range(10, 10 + size))) for h, size in shapes]
+def test_packs_cover_every_row_once_within_the_limit(rows, max_tokens):
     packs = list(pack_rows(rows, range(len(rows)), max_tokens))
     assert sorted(i for p in packs for i in p.rows) == [i for i, (_, r) in enumerate(rows) if r]
     for pack in packs:
         assert len(pack.ids) <= max_tokens or len(pack.rows) == 1
-        assert len(pack.source) == len(pack.targets) == sum(len(rows[i][1]) for i in pack.rows)
-        assert [pack.positions[s] + 1 for s in pack.source] == [
-            len(rows[i][0]) + t for i in pack.rows for t in range(len(rows[i][1]))
-        ]
         assert sum(segment.size for segment in pack.segments) == len(pack.ids)
-        prompts = {rows[i][0] for i in pack.rows}
-        assert len(pack.ids) == sum(map(len, prompts)) + sum(len(rows[i][1]) - 1 for i in pack.rows)
+        fed = [(*rows[i][0], *rows[i][1][:-1]) for i in pack.rows]
+        # Each beginning is run once, and what a token sees is its own row up to itself.
+        assert seen(pack) == sorted({row[:end] for row in fed for end in range(1, len(row) + 1)})
+        said = [(fed[n][: len(rows[i][0]) + t], token) for n, i in enumerate(pack.rows)
+                for t, token in enumerate(rows[i][1])]  # fmt: skip
+        before = [beginnings(pack)[source] for source in pack.source]
+        assert [(before[u], pack.targets[u]) for u in pack.place] == said
+        assert len(pack.source) == len(pack.targets) == len(set(said))
+
+
+def beginnings(pack) -> list[tuple[int, ...]]:
+    """For each packed token: what it sees, itself included, by the positions that the pack gives."""
+    out: list[tuple[int, ...]] = []
+    ends: list[tuple[int, ...]] = []
+    for segment in pack.segments:
+        before = () if segment.context is None else ends[segment.context]
+        for token in pack.ids[len(out) : len(out) + segment.size]:
+            assert pack.positions[len(out)] == len(before)
+            before = (*before, token)
+            out.append(before)
+        ends.append(before)
+    return out
+
+
+def seen(pack) -> list[tuple[int, ...]]:
+    return sorted(beginnings(pack))
+
+
+def test_rows_that_share_beginnings_have_the_gradients_of_rows_apart(monkeypatch):
+    """A tree of rows, each with weights, advantage and mask of its own, against one row a pack."""
+    trainer = learner()
+    trunk = [list(range(3, 20)), list(range(20, 31)), [], [5, 6]]
+    made = [
+        [*trunk[0], *([*trunk[1], 9] if n % 2 else []), *trunk[n % 4], n + 1, *range(40, 40 + n)]
+        for n in range(8)
+    ]
+    rows = [
+        dataclasses.replace(
+            row, prompt=(1, 2, 3 + n % 2), tokens=tuple(tokens), advantage=0.5 + 0.25 * n * (-1) ** n,
+            mask=tuple((n + t) % 5 > 0 for t in range(len(tokens))),
+            weight=tuple(1.0 + 0.1 * ((n + t) % 3) for t in range(len(tokens))), truncated=(),
+            segment=(0,) * len(tokens),
+        )
+        for n, (tokens, row) in enumerate(zip(made, samples(), strict=False))
+    ]  # fmt: skip
+    rows = near_policy(trainer.model, rows)
+    together, _ = gradients(trainer, rows)
+    tokens = [(row.prompt, row.tokens) for row in rows]
+    (pack,) = pack_rows(tokens, range(len(rows)), 10**6)
+    assert 2 * len(pack.ids) < sum(len(p) + len(r) for p, r in tokens)
+
+    def apart(rows, indices, max_tokens):
+        for index in indices:
+            yield from pack_rows(rows, [index], max_tokens)
+
+    monkeypatch.setattr("rexrag.engine.local.learner.pack_rows", apart)
+    alone, _ = gradients(trainer, rows)
+    assert distance(together, alone) < 1e-5
 
 
 def test_gradient_norms_by_segment_are_those_of_its_tokens_and_nothing_moves():

@@ -82,11 +82,11 @@ def attend_grouped(
 
 
 class Segment(NamedTuple):
-    """The next `size` tokens of a pack: a row, or a response after the segment that holds its prompt."""
+    """The next `size` tokens of a pack: a row, or a piece that one or more of them share."""
 
     size: int
     context: int | None = None
-    """Index of the segment that they see in whole before themselves; None where they begin a row."""
+    """Index of the segment that they go on from, and see with all that it sees; None: they begin a row."""
 
 
 @dataclass
@@ -109,10 +109,12 @@ class PackedPlan:
         sizes = [segment.size for segment in self.segments]
         parts = [torch.split_with_sizes(x, sizes, dim=2) for x in (query, key, value)]
         out = []
+        seen: list[tuple[Tensor, Tensor]] = []
         for (_, context), own, keys, values in zip(self.segments, *parts, strict=True):
             if context is not None:
-                keys = torch.cat([parts[1][context], keys], dim=2)
-                values = torch.cat([parts[2][context], values], dim=2)
+                keys = torch.cat([seen[context][0], keys], dim=2)
+                values = torch.cat([seen[context][1], values], dim=2)
+            seen.append((keys, values))
             out.append(attend_causal(own, keys, values, heads, self.masks))
         return torch.cat(out, dim=2).transpose(1, 2)
 
