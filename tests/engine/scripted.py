@@ -81,6 +81,10 @@ class Script:
         self._turn: list[int] = []
         self._left = turns
 
+    @property
+    def tokens_left(self) -> int:
+        return self.turn_tokens - len(self._turn)
+
     def sampled(self, token: int, logp: float) -> None:
         assert self.state is State.SAMPLE
         self._append([token], Origin.POLICY, [logp])

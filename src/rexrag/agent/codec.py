@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from rexrag.errors import ModelError
 _PROTOCOL_TAG = re.compile(r"</?(?:think|search|information|answer)>")
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 """Tokens that chat templates end a message with; some tokenizers name another one as their eos."""
+REMEMBERED = 4096
+"""Texts and token rows whose counterpart is kept: rollouts of a question say and read the same many times."""
 
 
 class HFCodec:
@@ -32,7 +34,8 @@ class HFCodec:
         # The backend itself, many times a step: the library's call around it takes longer than a short text.
         backend.no_truncation()
         backend.no_padding()
-        self._encode, self._decode = backend.encode, backend.decode
+        self._encode = lru_cache(REMEMBERED)(partial(_encode, backend))
+        self._decode = lru_cache(REMEMBERED)(partial(backend.decode, skip_special_tokens=False))
         special = [
             token.content
             for token in tokenizer.added_tokens_decoder.values()
@@ -56,12 +59,11 @@ class HFCodec:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with no special tokens added."""
-        ids: list[int] = self._encode(self._plain(text), add_special_tokens=False).ids
-        return ids
+        return list(self._encode(self._plain(text)))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids: special tokens kept, spaces left as they are."""
-        text: str = self._decode(list(ids), skip_special_tokens=False)
+        text: str = self._decode(tuple(ids))
         return text
 
     def prompt(self, user_message: str) -> list[int]:
@@ -93,6 +95,10 @@ class HFCodec:
         if isinstance(template, str):
             found |= {vocabulary[end] for end in _TURN_ENDS if end in template and end in vocabulary}
         return frozenset(found)
+
+
+def _encode(backend: Any, text: str) -> tuple[int, ...]:
+    return tuple(backend.encode(text, add_special_tokens=False).ids)
 
 
 def load_codec(path_or_id: str | Path) -> HFCodec:

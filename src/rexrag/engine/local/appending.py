@@ -39,6 +39,8 @@ class Group:
     """No query needs a mask: each sees all of `longest`, or, of several, those up to its own place."""
     padded: tuple[Tensor, Tensor] | None = None
     """For several tokens a row: the packed token of each query [R, n], and the query of each packed token."""
+    copied: bool = False
+    """Attend from a copy of the rows' keys and values, and not from all slots of the bank where they lie."""
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, tokens: Sequence[Tensor], heads: Heads) -> Tensor:
@@ -47,10 +49,13 @@ class Group:
         for cached, new in zip(self.bank.flat[layer], (key, value), strict=True):
             cached.index_copy_(0, self.places, new.reshape(-1, new.shape[-1]).to(cached.dtype))
         keys, values = (x[layer][..., : self.longest, :] for x in (self.bank.keys, self.bank.values))
-        mask = self._mask(heads.window, query)
+        ahead = self.padded is not None and not self.copied
+        mask = self._mask(heads.window, query, query.shape[1] // key.shape[1] if ahead else 1)
         if self.padded is None:
             return self._single(query, keys, values, mask, heads.scale)
         queries, back = self.padded
+        if ahead:
+            return self._ahead(query[queries], keys, values, mask, heads.scale)[back]
         assert self.slots is not None
         keys, values = keys.index_select(0, self.slots), values.index_select(0, self.slots)
         out = attend_grouped(query[queries].transpose(1, 2), keys, values, mask, mask is None, heads.scale)
@@ -70,14 +75,31 @@ class Group:
         )
         return (out if self.slots is None else out[self.slots]).reshape(n, q_heads, size)
 
-    def _mask(self, window: int | None, like: Tensor) -> Tensor | None:
-        """[rows, 1, queries, longest], additive; None where nothing is hidden. Made once for all layers."""
+    def _ahead(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """query [R, n, H, D] of the bank's R rows -> [R · n, H, D]."""
+        rows, n, q_heads, size = query.shape
+        k_heads = keys.shape[1]
+        # As above: the n tokens' G query heads of a key head stand where query positions would.
+        grouped = query.view(rows, n, k_heads, -1, size).transpose(1, 2).reshape(rows, k_heads, -1, size)
+        out = nn.functional.scaled_dot_product_attention(
+            grouped, keys[:rows], values[:rows], mask, scale=scale
+        )
+        return out.view(rows, k_heads, n, -1, size).transpose(1, 2).reshape(rows * n, q_heads, size)
+
+    def _mask(self, window: int | None, like: Tensor, each: int) -> Tensor | None:
+        """[rows, 1, queries · each, longest], additive; None where nothing is hidden. Kept for all layers."""
         if window is not None and window >= self.longest:
             window = None
         if window is None and self.plain:
             return None
         if window not in self.masks:
-            end = self.visible[:, :, None]
+            end = (
+                self.visible.repeat_interleave(each, dim=1)[:, :, None]
+                if each > 1
+                else self.visible[:, :, None]
+            )
             position = torch.arange(self.longest, device=like.device)
             hidden = position >= end
             if window is not None:
@@ -123,23 +145,36 @@ def single(bank: Bank[Any], rows: Sequence[Row], start: int) -> Group:
 def block(bank: Bank[Any], rows: Sequence[Row], counts: Sequence[int], start: int) -> Group:
     """Rows of a bank that append `counts` tokens."""
     slots, before = (np.array(x) for x in zip(*((row.slot, row.length) for row in rows), strict=True))
-    sizes = np.array(counts)
-    width, firsts = int(sizes.max()), sizes.cumsum() - sizes
-    # A padded query repeats the row's last one.
-    step = np.minimum(np.arange(width), sizes[:, None] - 1)
+    return _several(bank, slots, before, np.array(counts), start, copied=True)
+
+
+def ahead(bank: Bank[Any], rows: Sequence[Row], counts: Sequence[int], start: int) -> Group:
+    """Rows of a bank, in its order, that append a few tokens. The others compute, and are thrown away."""
+    slots = [row.slot for row in rows]
+    before, sizes = np.zeros((2, len(bank.rows)), dtype=np.int64)
+    before[slots], sizes[slots] = [row.length for row in rows], counts
+    return _several(bank, np.arange(len(bank.rows)), before, sizes, start, copied=False)
+
+
+def _several(bank: Bank[Any], slots: Any, before: Any, sizes: Any, start: int, copied: bool) -> Group:
+    """Rows in these slots that append `sizes` tokens to the `before` that they have."""
+    width, total, firsts = int(sizes.max()), int(sizes.sum()), sizes.cumsum() - sizes
+    # A padded query repeats the row's last one; a row without any takes some other row's.
+    step = np.minimum(np.arange(width), sizes[:, None] - 1).clip(min=0)
     real = np.arange(width) < sizes[:, None]
     row, offset = real.nonzero()
     tensor = bank.shape.tensor
     return Group(
         bank=bank,
         start=start,
-        stop=start + int(sizes.sum()),
+        stop=start + total,
         places=tensor(_places(bank, slots[row], before[row] + offset)),
-        slots=tensor(slots),
+        slots=tensor(slots) if copied else None,
         visible=tensor(before[:, None] + step + 1),
         longest=int((before + sizes).max()),
-        plain=not before.any(),
-        padded=(tensor(firsts[:, None] + step), tensor(real.reshape(-1).nonzero()[0])),
+        plain=copied and not before.any(),
+        padded=(tensor((firsts[:, None] + step).clip(max=total - 1)), tensor(real.reshape(-1).nonzero()[0])),
+        copied=copied,
     )
 
 

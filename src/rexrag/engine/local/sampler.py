@@ -13,20 +13,22 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rexrag.agent.episode import Episode, State
-from rexrag.engine.local.appending import CachedPlan, Group, block, single
+from rexrag.engine.local.appending import CachedPlan, Group, ahead, block, single
 from rexrag.engine.local.attention import Heads, hidden_states, token_logps
-from rexrag.engine.local.cache import Bank, Cache, CacheShape, Row
+from rexrag.engine.local.cache import Bank, Cache, CacheShape
 from rexrag.engine.local.decoder import Fused
 from rexrag.engine.local.draw import draw, streams, uniforms
+from rexrag.engine.local.guesses import Guesses
+from rexrag.engine.local.live import SAMPLING, LiveRow, Member, Wish, wish
 from rexrag.engine.local.recorded import Forward, Recorded
 from rexrag.engine.local.repack import Repacked
 from rexrag.errors import DataError, ModelError
@@ -43,38 +45,10 @@ SEARCH_SHARE = 4
 """The retriever is asked once a quarter of the live rows wait for it,"""
 SEARCH_PATIENCE = 16
 """or once one of them has waited for this many steps."""
+GUESSING_BYTES = 32 << 20
+"""Weights of a model whose forwards wait for memory: a guessed token costs less than a forward saved."""
 SAVED_BYTES = 4 << 30
 """Caches of finished rows, kept for probes; past it the oldest go, and their probes are prefilled anew."""
-
-
-class Member(NamedTuple):
-    """An episode, and the key of its random numbers."""
-
-    episode: Episode
-    stream: int
-
-
-@dataclass(eq=False, slots=True)
-class LiveRow(Row):
-    """Episodes that are the same so far, with their cache and the tokens to append next."""
-
-    members: list[Member] = field(kw_only=True)
-    pending: list[int] = field(default_factory=list)
-    sampled: bool = False
-    """`pending` begins with a token that was sampled."""
-    cue: int = 0
-    """The last `cue` pending tokens are a cue whose log-probs the episodes wait for."""
-    waiting: bool = False
-    """It waits for documents."""
-
-    @property
-    def episode(self) -> Episode:
-        """One that stands for all."""
-        return self.members[0].episode
-
-    @property
-    def cached(self) -> bool:
-        return self.length > 0 and (self.bank is not None or self.saved is not None)
 
 
 class LocalSession:
@@ -100,6 +74,8 @@ class LocalSession:
             self._forward = Fused(model.base_model, heads)
         if shape.recorded:
             self._forward = Recorded(self._forward)
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        self._guesses = Guesses() if weights >= GUESSING_BYTES and not shape.recorded else None
         self._weights = Repacked(model if heads is None else self._head)
         self._cache: Cache[LiveRow] = Cache(shape)
         self._known: dict[int, LiveRow] = {}  # by id of the episode, which the row keeps alive
@@ -159,7 +135,7 @@ class LocalSession:
             member = queue.popleft()
             episode = member.episode
             prefix = [*episode.prompt, *episode.tokens]
-            start = tuple(prefix), *_wish(episode)
+            start = tuple(prefix), *wish(episode)
             row = self._starting.get(start)
             if row is None:
                 source, shared = self._source(episode)
@@ -173,6 +149,8 @@ class LocalSession:
                     length = min(shared, source.length, len(prefix) - 1)
                     self._cache.restore(row, source, length, expected)
                 row.pending = prefix[row.length :]
+                if self._guesses is not None and source is None:
+                    self._guesses.learn((), prefix)
                 self._prompts.setdefault(episode.prompt, row)
             row.members.append(member)
             self._known[id(episode)] = row
@@ -204,17 +182,19 @@ class LocalSession:
         """Rows whose episodes wait for the same."""
         if len(row.members) == 1:
             return [row]
-        parts: dict[Any, list[Member]] = {}
+        parts: dict[Wish, list[Member]] = {}
         for member in row.members:
-            parts.setdefault(_wish(member.episode), []).append(member)
+            parts.setdefault(wish(member.episode), []).append(member)
         return self._part(row, list(parts.values()))
 
     def _advance(self, row: LiveRow) -> None:
-        """Do what the episodes' state asks for, up to the next forward."""
+        """Do what the episodes' state asks for, up to the next forward; guess what those say that sample."""
         for part in self._by_wish(row):
             episode = part.episode
             if episode.state is State.FORCED:
                 part.pending += episode.forced
+                if self._guesses is not None:
+                    self._guesses.learn(part.tail, episode.forced)
                 if episode.forced_origin is Origin.CUE:
                     part.cue = len(episode.forced)
                     continue
@@ -226,6 +206,9 @@ class LocalSession:
                 self._waiting.append(part)
             elif episode.state is State.DONE:
                 self._finish(part)
+            elif self._guesses is not None:
+                part.guessed = self._guesses.guess(part.tail, episode.tokens_left - 1)
+                part.pending += part.guessed
 
     def _finish(self, row: LiveRow) -> None:
         """Take a finished row out of the batch and keep its cache, as far as memory for that goes."""
@@ -272,13 +255,16 @@ class LocalSession:
         blocks: list[tuple[Bank[LiveRow], list[LiveRow]]] = []
         for bank in self._cache.banks.values():
             active = [row for row in bank.rows if row.pending and not row.waiting]
-            one = [row for row in active if len(row.pending) == 1]
-            if one:
-                groups.append(single(bank, one, len(rows)))
-                rows += one
-            several = [row for row in active if len(row.pending) > 1]
+            short = [row for row in active if len(row.pending) == 1 + len(row.guessed)]
+            if short:
+                counts = [len(row.pending) for row in short]
+                alone = max(counts) == 1
+                start = sum(len(row.pending) for row in rows)
+                groups.append(single(bank, short, start) if alone else ahead(bank, short, counts, start))
+                rows += short
+            several = [row for row in active if len(row.pending) > 1 + len(row.guessed)]
             blocks += ((bank, part) for part in _blocks(several, bank))
-        start = first = len(rows)
+        start = first = sum(len(row.pending) for row in rows)
         for bank, part in blocks:
             counts = [len(row.pending) for row in part]
             if start > first and start + sum(counts) - first > PREFILL_TOKENS:
@@ -291,11 +277,14 @@ class LocalSession:
     def _append(
         self, rows: list[LiveRow], plan: CachedPlan, temperature: float
     ) -> tuple[list[LiveRow], Tensor]:
-        """Run what is pending; the rows that sample next, and the hidden state each samples from."""
+        """Run what is pending; the rows that sample next, and the hidden states that each samples from.
+
+        A row has one for its next token, and one more for each that was guessed.
+        """
         ids = [token for row in rows for token in row.pending]
         positions = [p for row in rows for p in range(row.length, row.length + len(row.pending))]
         hidden = self._forward(self._shape.tensor(ids), self._shape.tensor(positions), plan)
-        self.prefilled_tokens += len(ids) - sum(row.sampled for row in rows)
+        self.prefilled_tokens += len(ids) - sum(row.sampled + len(row.guessed) for row in rows)
         ends = np.cumsum([len(row.pending) for row in rows]).tolist()
         self._score_cues(rows, ends, hidden, temperature)
         ready: list[LiveRow] = []
@@ -304,7 +293,7 @@ class LocalSession:
             for part in self._by_wish(row):
                 if part.episode.state is State.SAMPLE:
                     ready.append(part)
-                    last.append(end - 1)
+                    last += range(end - 1 - len(part.guessed), end)
                 else:
                     self._advance(part)
         return ready, hidden[self._shape.tensor(last)]
@@ -332,33 +321,57 @@ class LocalSession:
             row.cue = 0
 
     def _sample(self, rows: list[LiveRow], hidden: Tensor, temperature: float) -> None:
-        """One token for each episode; those of a row that draw another one go on in a row of their own."""
+        """A token for each episode, and more where they were guessed."""
         if not rows:
             return
-        members = [member for row in rows for member in row.members]
-        uniform = uniforms([m.stream for m in members], [len(m.episode.tokens) for m in members])
-        counts = [len(row.members) for row in rows]
-        ids, logps = draw(self._head, hidden, temperature, self._shape.tensor(uniform), counts)
-        self.generated_tokens += len(members)
+        streams: list[int] = []
+        places: list[int] = []
+        counts: list[int] = []
+        for row in rows:
+            own = [member.stream for member in row.members]
+            said = len(row.episode.tokens)
+            for place in range(said, said + 1 + len(row.guessed)):
+                streams += own
+                places += [place] * len(own)
+                counts.append(len(own))
+        uniform = self._shape.tensor(uniforms(streams, places))
+        ids, logps = draw(self._head, hidden, temperature, uniform, counts)
         drawn = zip(ids.tolist(), logps.tolist(), strict=True)
         for row in rows:
-            parts: dict[int, list[Member]] = {}
-            for member, (token, logp) in zip(row.members, drawn, strict=False):
+            self._take(row, [[*islice(drawn, len(row.members))] for _ in range(1 + len(row.guessed))])
+
+    def _take(self, row: LiveRow, drawn: list[list[tuple[int, float]]]) -> None:
+        """Give a row's episodes what they drew, place by place, as long as that is what was guessed.
+
+        drawn: token and log-prob of each member, at each place.
+        """
+        guessed, row.guessed = row.guessed, []
+        row.length -= len(guessed)
+        indices, members = list(range(len(row.members))), row.members
+        for place, found in enumerate(drawn):
+            tail = row.tail
+            parts: dict[tuple[int, Wish], list[int]] = {}
+            for index in indices:
+                token, logp = found[index]
                 if not math.isfinite(logp):
                     raise ModelError(f"the model's logits are not finite after {row.length} tokens")
-                parts.setdefault(token, []).append(member)
-                member.episode.sampled(token, logp)
-            for part, token in zip(self._part(row, list(parts.values())), parts, strict=True):
+                episode = members[index].episode
+                episode.sampled(token, logp)
+                parts.setdefault((token, wish(episode)), []).append(index)
+            self.generated_tokens += len(indices)
+            run = (guessed[place], SAMPLING) if place < len(guessed) else None
+            keys = sorted(parts, key=lambda key: key != run)  # what is run already keeps the row
+            rows = self._part(row, [[members[index] for index in parts[key]] for key in keys])
+            for part, (token, _) in zip(rows, keys, strict=True):
+                if self._guesses is not None:
+                    self._guesses.learn(tail, (token,))
                 part.pending, part.sampled = [token], True
-                if len(part.members) > 1 or part.episode.state is not State.SAMPLE:
-                    self._advance(part)
-
-
-def _wish(episode: Episode) -> tuple[object, ...]:
-    """What an episode waits for: those that have said the same and wait for the same can go on as one."""
-    if episode.state is State.SAMPLE:
-        return (episode.state,)
-    return episode.state, episode.forced, episode.forced_origin, episode.query, episode.topk
+            for part in rows[keys[0] == run :]:
+                self._advance(part)
+            if keys[0] != run:
+                return
+            row.length += 1
+            indices = parts[keys[0]]
 
 
 def _blocks(rows: list[LiveRow], bank: Bank[LiveRow]) -> list[list[LiveRow]]:
