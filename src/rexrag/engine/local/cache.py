@@ -157,7 +157,7 @@ class Cache(Generic[R]):
         bank = self.banks.get(capacity)
         if bank is None:
             # Rows of a step grow together: where one outgrows its bank, the others are about to.
-            room = max(8, len(old.rows) if old is not None else expected)
+            room = max(8, expected, len(old.rows) if old is not None else 0)
             bank = self.banks[capacity] = Bank(self.shape, capacity, room)
         if old is None:
             bank.add(row)

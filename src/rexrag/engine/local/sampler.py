@@ -173,7 +173,7 @@ class LocalSession:
         row.members = parts[0]
         for members in parts[1:]:
             other = LiveRow(members=members, pending=[*row.pending], sampled=row.sampled)
-            self._cache.restore(other, row, row.length)
+            self._cache.restore(other, row, row.length, self._live)
             self._known |= {id(member.episode): other for member in members}
             rows.append(other)
         return rows
@@ -249,7 +249,7 @@ class LocalSession:
         for bank in list(self._cache.banks.values()):
             for row in bank.rows[::-1]:  # from the end, so that few rows move into freed slots
                 if row.length + len(row.pending) > bank.capacity:
-                    self._cache.reserve(row, row.length + len(row.pending))
+                    self._cache.reserve(row, row.length + len(row.pending), self._live)
         rows: list[LiveRow] = []
         groups: list[Group] = []
         blocks: list[tuple[Bank[LiveRow], list[LiveRow]]] = []
