@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +203,14 @@ class Work:
     """Mean length, prompt included, at which a token was sampled."""
     turns: float
     answered: float
+    distinct: float
+    """Share of the responses' tokens, those that several have after the same beginning counted once."""
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout]) -> Work:
         places = [len(r.prompt) + t for r in rollouts for t, o in enumerate(r.origins) if o == Origin.POLICY]
         prompts = {r.prompt for r in rollouts}
+        beginnings = {key for r in rollouts for key in accumulate(r.tokens, _joined, initial=hash(r.prompt))}
         return cls(
             rollouts=len(rollouts),
             generated=len(places),
@@ -215,7 +219,12 @@ class Work:
             context=statistics.fmean(places),
             turns=statistics.fmean(len(r.turns) for r in rollouts),
             answered=statistics.fmean(r.answer is not None for r in rollouts),
+            distinct=(len(beginnings) - len(prompts)) / sum(len(r.tokens) for r in rollouts),
         )
+
+
+def _joined(beginning: int, token: int) -> int:
+    return hash((beginning, token))
 
 
 # -- tables ------------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ Each engine is a process of its own; rounds are interleaved, medians are shown. 
 in which they and this package's dependencies are installed; they are left out where none is named.
 
 Generated tokens are those that the policy sampled; the time includes reading prompts and evidence,
-searching and bookkeeping. The roofline is the least time for the same tokens with all rollouts at work at
-once: a decode step reads the weights and the rows' caches at the measured bandwidth or computes at the
-measured speed of a matrix product, whichever takes longer, and prefill computes.
+searching and bookkeeping. Distinct counts tokens that several rollouts have after the same beginning once:
+no more than this share has to be run. The roofline is for an engine that shares prompts alone, the least time
+for the same tokens with all rollouts at work at once: a decode step reads the weights and the rows' caches at
+the measured bandwidth or computes at the measured speed of a matrix product, whichever takes longer, and
+prefill computes.
 """
 
 from __future__ import annotations
@@ -148,12 +150,22 @@ def show(count: int, found: dict[str, dict[str, Any]]) -> None:
         (
             name, f["tokens_per_s"], spread(f["rates"]), f.get("local_over_this", "–"),
             f["share_of_roofline"], f["work"]["generated"] / count, f["work"]["appended"] / count,
-            f["work"]["turns"],
+            f["work"]["turns"], f["work"]["distinct"],
         )
         for name, f in found.items()
     ]  # fmt: skip
-    header = ("engine", "tok/s", "lowest–highest", "ours ÷ it", "of roof", "generated", "appended", "turns")
-    print(f"\n{count} rollouts (generated, appended, turns: of one rollout)")
+    header = (
+        "engine",
+        "tok/s",
+        "lowest–highest",
+        "ours ÷ it",
+        "of roof",
+        "generated",
+        "appended",
+        "turns",
+        "distinct",
+    )
+    print(f"\n{count} rollouts (generated, appended, turns: of one rollout; distinct: share of their tokens)")
     print(table(header, rows))
 
 

@@ -24,7 +24,10 @@ class Session(Protocol):
 
     @property
     def prefilled_tokens(self) -> int:
-        """Prompt, evidence and cue tokens run through the model so far; forked caches cost nothing."""
+        """Tokens read so far: each prompt once for its rollouts, each rollout's evidence and cue.
+
+        Forked caches cost nothing. What else an engine saves, because rollouts say and read the same, counts.
+        """
         ...
 
     def run(self, episodes: Sequence[Episode], retriever: Retriever, temperature: float, seed: int) -> None:

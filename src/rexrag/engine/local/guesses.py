@@ -56,19 +56,19 @@ class Guesses:
         row = [*before[-ORDER:]]
         first, sure = len(row), 1.0
         for _ in range(min(most, LENGTH)):
-            seen = self._after(row)
-            if seen is None:
-                break
-            sure *= seen.counts[seen.likeliest] / (seen.total + 0.5)  # once is little evidence
+            seen, forgotten = self._after(row)
+            # Having seen it once is little evidence, and less the shorter what it came after.
+            sure *= seen.counts.get(seen.likeliest, 0) / (seen.total + 0.5 + forgotten)
             if sure < CONFIDENCE:
                 break
             row.append(seen.likeliest)
         return row[first:]
 
-    def _after(self, row: Sequence[int]) -> _Seen | None:
-        """By as many of the last tokens as were seen before."""
-        for start in range(max(0, len(row) - ORDER), len(row)):
-            seen = self._seen.get(tuple(row[start:]))
+    def _after(self, row: Sequence[int]) -> tuple[_Seen, int]:
+        """What came after as many of the last `ORDER` tokens as were seen before, and how many were not."""
+        past = tuple(row[-ORDER:])
+        for forgotten in range(ORDER):
+            seen = self._seen.get(past[forgotten:])
             if seen is not None:
-                return seen
-        return None
+                return seen, forgotten
+        return _Seen(), ORDER

@@ -75,7 +75,8 @@ class LocalSession:
         if shape.recorded:
             self._forward = Recorded(self._forward)
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        self._guesses = Guesses() if weights >= GUESSING_BYTES and not shape.recorded else None
+        guessing = weights >= GUESSING_BYTES and shape.device.type == "cpu"
+        self._guesses = Guesses() if guessing else None
         self._weights = Repacked(model if heads is None else self._head)
         self._cache: Cache[LiveRow] = Cache(shape)
         self._known: dict[int, LiveRow] = {}  # by id of the episode, which the row keeps alive
@@ -284,7 +285,9 @@ class LocalSession:
         ids = [token for row in rows for token in row.pending]
         positions = [p for row in rows for p in range(row.length, row.length + len(row.pending))]
         hidden = self._forward(self._shape.tensor(ids), self._shape.tensor(positions), plan)
-        self.prefilled_tokens += len(ids) - sum(row.sampled + len(row.guessed) for row in rows)
+        for row in rows:
+            read = len(row.pending) - row.sampled - len(row.guessed)
+            self.prefilled_tokens += read * (len(row.members) if row.episode.tokens else 1)
         ends = np.cumsum([len(row.pending) for row in rows]).tolist()
         self._score_cues(rows, ends, hidden, temperature)
         ready: list[LiveRow] = []
