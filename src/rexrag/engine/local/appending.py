@@ -33,7 +33,7 @@ class Group:
     slots: Tensor | None
     """None where the first slots of the bank take part, with one token each."""
     visible: Tensor
-    """Positions that each query sees: [rows of the bank, 1], or [R, n] where rows append several tokens."""
+    """Positions that each query sees: [rows of the bank, 1], or [R, n] where they append several tokens."""
     longest: int
     plain: bool
     """No query needs a mask: each sees all of `longest`, or, of several, those up to its own place."""
@@ -95,11 +95,8 @@ class Group:
         if window is None and self.plain:
             return None
         if window not in self.masks:
-            end = (
-                self.visible.repeat_interleave(each, dim=1)[:, :, None]
-                if each > 1
-                else self.visible[:, :, None]
-            )
+            visible = self.visible if each == 1 else self.visible.repeat_interleave(each, dim=1)
+            end = visible[:, :, None]
             position = torch.arange(self.longest, device=like.device)
             hidden = position >= end
             if window is not None:
