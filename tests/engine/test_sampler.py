@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rexrag.agent.episode import State
-from rexrag.engine.local import guesses, repack, sampler
+from rexrag.engine.local import drafts, repack, sampler
 from rexrag.engine.local.attention import use_packed_attention
 from rexrag.engine.local.cache import CacheShape, capacity_for
 from rexrag.engine.local.decoder import heads_of
@@ -24,11 +24,11 @@ from tests.engine.scripted import MAKERS, Echo, Script, prompts, qwen2
 CUE = [7, 8, 9]
 
 
-@pytest.fixture(autouse=True, params=["guessing", "plain"])
-def guessing(request, monkeypatch) -> bool:
-    """With and without guesses at what comes next, which models as small as these do without."""
-    on: bool = request.param == "guessing"
-    monkeypatch.setattr(sampler, "GUESSING_BYTES", 0 if on else 1 << 60)
+@pytest.fixture(autouse=True, params=["drafting", "plain"])
+def drafting(request, monkeypatch) -> bool:
+    """With and without drafts at what comes next, which models as small as these do without."""
+    on: bool = request.param == "drafting"
+    monkeypatch.setattr(sampler, "DRAFTING_BYTES", 0 if on else 1 << 60)
     return on
 
 
@@ -181,16 +181,16 @@ def run_prefixes(episodes: list[Script]) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.15, 1.0])
-def test_what_rollouts_have_in_common_is_run_once(model, temperature, guessing):
+def test_what_rollouts_have_in_common_is_run_once(model, temperature, drafting):
     episodes = rollouts(4, 12, turns=4)
     opened = session(model)
     sizes = counted(opened)
     opened.run(episodes, Echo(), temperature, 5)
     assert sum(sizes) == len(run_prefixes(episodes)) or (
-        guessing and sum(sizes) > len(run_prefixes(episodes))
+        drafting and sum(sizes) > len(run_prefixes(episodes))
     )
     tokens = sum(last_sampled(e) for e in episodes)
-    assert temperature == 1.0 or guessing or sum(sizes) < (0.3 if temperature == 0.0 else 0.8) * tokens
+    assert temperature == 1.0 or drafting or sum(sizes) < (0.3 if temperature == 0.0 else 0.8) * tokens
     assert opened.generated_tokens == sum(e.origins.count(int(Origin.POLICY)) for e in episodes)
     for place in (0, 13, 47):  # each is what it would have been alone
         alone = [Script(e.prompt, turns=4) for e in episodes]
@@ -221,16 +221,16 @@ def test_rollouts_that_said_the_same_part_where_they_want_different_things(model
 
 @pytest.mark.parametrize("temperature", [0.0, 0.15, 1.0])
 @pytest.mark.parametrize("predictable", [False, True])
-def test_guesses_save_forwards_and_change_no_token(model, predictable, temperature, monkeypatch):
+def test_drafts_save_forwards_and_change_no_token(model, predictable, temperature, monkeypatch):
     if predictable:  # what comes next depends on the last token alone
         with torch.no_grad():
             for layer in model.model.layers:
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
 
-    def drawn(least_bytes: int, length: int = guesses.LENGTH) -> tuple[list[Script], int, int]:
-        monkeypatch.setattr(sampler, "GUESSING_BYTES", least_bytes)
-        monkeypatch.setattr(guesses, "LENGTH", length)
+    def drawn(least_bytes: int, length: int = drafts.LENGTH) -> tuple[list[Script], int, int]:
+        monkeypatch.setattr(sampler, "DRAFTING_BYTES", least_bytes)
+        monkeypatch.setattr(drafts, "LENGTH", length)
         episodes = rollouts(5, 8, turns=4)
         opened = session(model)
         sizes = counted(opened)
@@ -244,31 +244,31 @@ def test_guesses_save_forwards_and_change_no_token(model, predictable, temperatu
 
     plain, steps, read = drawn(1 << 60)
     for length in (1, 4, 30):
-        guessed, fewer, same = drawn(0, length)
-        assert [e.tokens for e in guessed] == [e.tokens for e in plain]
+        drafted, fewer, same = drawn(0, length)
+        assert [e.tokens for e in drafted] == [e.tokens for e in plain]
         close = 1e-5 / (temperature or 1.0)
-        assert all(np.allclose(x.logps, y.logps, atol=close) for x, y in zip(guessed, plain, strict=True))
+        assert all(np.allclose(x.logps, y.logps, atol=close) for x, y in zip(drafted, plain, strict=True))
         assert same == read
         if predictable and temperature < 1.0:
             assert fewer < (0.8 if length == 1 else 0.7) * steps
 
 
-def test_a_guess_is_what_came_most_often_after_the_longest_known_past():
-    table = guesses.Guesses()
-    assert table.guess([1, 2, 3], 4) == []
+def test_a_draft_is_what_came_most_often_after_the_longest_known_past():
+    table = drafts.Drafts()
+    assert table.draft([1, 2, 3], 4) == []
     table.learn([], [1, 2, 3, 4, 5])
-    assert table.guess([1, 2, 3], 4) == [4]  # seen once: a second would be too bold
+    assert table.draft([1, 2, 3], 4) == [4]  # seen once: a second would be too bold
     for _ in range(9):
         table.learn([], [1, 2, 3, 4, 5, 6, 7, 8, 9])
-    assert table.guess([1, 2, 3], 9) == [4, 5, 6, 7, 8, 9]
-    assert table.guess([1, 2, 3], 2) == [4, 5]
-    assert table.guess([1, 2, 3], 0) == table.guess([1, 2, 3], -1) == table.guess([], 4) == []
-    assert table.guess([8, 8, 3], 1) == [4]  # no such triple or pair: by the last token
+    assert table.draft([1, 2, 3], 9) == [4, 5, 6, 7, 8, 9]
+    assert table.draft([1, 2, 3], 2) == [4, 5]
+    assert table.draft([1, 2, 3], 0) == table.draft([1, 2, 3], -1) == table.draft([], 4) == []
+    assert table.draft([8, 8, 3], 1) == [4]  # no such triple or pair: by the last token
     table.learn([8, 8, 3], [7])
-    assert table.guess([8, 8, 3], 1) == [7]
+    assert table.draft([8, 8, 3], 1) == [7]
     for token in range(20, 30):
         table.learn([3, 3], [token])
-    assert table.guess([3, 3], 1) == []  # anything may follow
+    assert table.draft([3, 3], 1) == []  # anything may follow
 
 
 def test_probes_with_the_same_past_and_cue_start_as_one(model):
@@ -385,7 +385,7 @@ def test_finished_rows_leave_at_once_and_long_ones_do_not_hold_them(model):
     opened.close()
 
 
-def test_rows_beyond_the_limit_wait_for_a_place(model, monkeypatch, guessing):
+def test_rows_beyond_the_limit_wait_for_a_place(model, monkeypatch, drafting):
     free, limited = rollouts(6, 3), rollouts(6, 3)
     run(model, free, seed=2)
     monkeypatch.setattr(sampler, "MAX_ROWS", 4)
@@ -404,7 +404,7 @@ def test_rows_beyond_the_limit_wait_for_a_place(model, monkeypatch, guessing):
     opened = run(model, limited, seed=2)
     assert 1 < max(live) <= 4
     assert {len(group.slots) for several in blocks for group in several} == {1, 2}
-    assert guessing or max(map(len, blocks)) > 1
+    assert drafting or max(map(len, blocks)) > 1
     for several in blocks:
         rows, tokens = (
             sum(x) for x in zip((0, 0), *((len(g.slots), g.stop - g.start) for g in several), strict=True)

@@ -49,12 +49,12 @@ class Group:
         for cached, new in zip(self.bank.flat[layer], (key, value), strict=True):
             cached.index_copy_(0, self.places, new.reshape(-1, new.shape[-1]).to(cached.dtype))
         keys, values = (x[layer][..., : self.longest, :] for x in (self.bank.keys, self.bank.values))
-        ahead = self.padded is not None and not self.copied
-        mask = self._mask(heads.window, query, query.shape[1] // key.shape[1] if ahead else 1)
+        in_place = self.padded is not None and not self.copied
+        mask = self._mask(heads.window, query, query.shape[1] // key.shape[1] if in_place else 1)
         if self.padded is None:
             return self._single(query, keys, values, mask, heads.scale)
         queries, back = self.padded
-        if ahead:
+        if in_place:
             return self._ahead(query[queries], keys, values, mask, heads.scale)[back]
         assert self.slots is not None
         keys, values = keys.index_select(0, self.slots), values.index_select(0, self.slots)

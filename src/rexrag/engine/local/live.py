@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rexrag.agent.episode import Episode, State
 from rexrag.engine.local.cache import Row
-from rexrag.engine.local.guesses import ORDER
+from rexrag.engine.local.drafts import ORDER
 
 
 class Member(NamedTuple):
@@ -25,7 +25,7 @@ class LiveRow(Row):
     pending: list[int] = field(default_factory=list)
     sampled: bool = False
     """`pending` begins with a token that was sampled."""
-    guessed: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
     """The last pending tokens, which nobody has said yet."""
     cue: int = 0
     """The last `cue` pending tokens are a cue whose log-probs the episodes wait for."""

@@ -26,8 +26,8 @@ from rexrag.engine.local.appending import CachedPlan, Group, ahead, block, singl
 from rexrag.engine.local.attention import Heads, hidden_states, token_logps
 from rexrag.engine.local.cache import Bank, Cache, CacheShape
 from rexrag.engine.local.decoder import Fused
+from rexrag.engine.local.drafts import Drafts
 from rexrag.engine.local.draw import draw, streams, uniforms
-from rexrag.engine.local.guesses import Guesses
 from rexrag.engine.local.live import SAMPLING, LiveRow, Member, Wish, wish
 from rexrag.engine.local.recorded import Forward, Recorded
 from rexrag.engine.local.repack import Repacked
@@ -45,8 +45,8 @@ SEARCH_SHARE = 4
 """The retriever is asked once a quarter of the live rows wait for it,"""
 SEARCH_PATIENCE = 16
 """or once one of them has waited for this many steps."""
-GUESSING_BYTES = 32 << 20
-"""Weights of a model whose forwards wait for memory: a guessed token costs less than a forward saved."""
+DRAFTING_BYTES = 32 << 20
+"""Weights of a model whose forwards wait for memory: a drafted token costs less than a forward saved."""
 SAVED_BYTES = 4 << 30
 """Caches of finished rows, kept for probes; past it the oldest go, and their probes are prefilled anew."""
 
@@ -75,8 +75,8 @@ class LocalSession:
         if shape.recorded:
             self._forward = Recorded(self._forward)
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        guessing = weights >= GUESSING_BYTES and shape.device.type == "cpu"
-        self._guesses = Guesses() if guessing else None
+        drafting = weights >= DRAFTING_BYTES and shape.device.type == "cpu"
+        self._drafts = Drafts() if drafting else None
         self._weights = Repacked(model if heads is None else self._head)
         self._cache: Cache[LiveRow] = Cache(shape)
         self._known: dict[int, LiveRow] = {}  # by id of the episode, which the row keeps alive
@@ -150,8 +150,8 @@ class LocalSession:
                     length = min(shared, source.length, len(prefix) - 1)
                     self._cache.restore(row, source, length, expected)
                 row.pending = prefix[row.length :]
-                if self._guesses is not None and source is None:
-                    self._guesses.learn((), prefix)
+                if self._drafts is not None and source is None:
+                    self._drafts.learn((), prefix)
                 self._prompts.setdefault(episode.prompt, row)
             row.members.append(member)
             self._known[id(episode)] = row
@@ -189,13 +189,13 @@ class LocalSession:
         return self._part(row, list(parts.values()))
 
     def _advance(self, row: LiveRow) -> None:
-        """Do what the episodes' state asks for, up to the next forward; guess what those say that sample."""
+        """Do what the episodes' state asks for, up to the next forward; draft what those say that sample."""
         for part in self._by_wish(row):
             episode = part.episode
             if episode.state is State.FORCED:
                 part.pending += episode.forced
-                if self._guesses is not None:
-                    self._guesses.learn(part.tail, episode.forced)
+                if self._drafts is not None:
+                    self._drafts.learn(part.tail, episode.forced)
                 if episode.forced_origin is Origin.CUE:
                     part.cue = len(episode.forced)
                     continue
@@ -207,9 +207,9 @@ class LocalSession:
                 self._waiting.append(part)
             elif episode.state is State.DONE:
                 self._finish(part)
-            elif self._guesses is not None:
-                part.guessed = self._guesses.guess(part.tail, episode.tokens_left - 1)
-                part.pending += part.guessed
+            elif self._drafts is not None:
+                part.drafted = self._drafts.draft(part.tail, episode.tokens_left - 1)
+                part.pending += part.drafted
 
     def _finish(self, row: LiveRow) -> None:
         """Take a finished row out of the batch and keep its cache, as far as memory for that goes."""
@@ -256,14 +256,14 @@ class LocalSession:
         blocks: list[tuple[Bank[LiveRow], list[LiveRow]]] = []
         for bank in self._cache.banks.values():
             active = [row for row in bank.rows if row.pending and not row.waiting]
-            short = [row for row in active if len(row.pending) == 1 + len(row.guessed)]
+            short = [row for row in active if len(row.pending) == 1 + len(row.drafted)]
             if short:
                 counts = [len(row.pending) for row in short]
                 alone = max(counts) == 1
                 start = sum(len(row.pending) for row in rows)
                 groups.append(single(bank, short, start) if alone else ahead(bank, short, counts, start))
                 rows += short
-            several = [row for row in active if len(row.pending) > 1 + len(row.guessed)]
+            several = [row for row in active if len(row.pending) > 1 + len(row.drafted)]
             blocks += ((bank, part) for part in _blocks(several, bank))
         start = first = sum(len(row.pending) for row in rows)
         for bank, part in blocks:
@@ -280,13 +280,13 @@ class LocalSession:
     ) -> tuple[list[LiveRow], Tensor]:
         """Run what is pending; the rows that sample next, and the hidden states that each samples from.
 
-        A row has one for its next token, and one more for each that was guessed.
+        A row has one for its next token, and one more for each that was drafted.
         """
         ids = [token for row in rows for token in row.pending]
         positions = [p for row in rows for p in range(row.length, row.length + len(row.pending))]
         hidden = self._forward(self._shape.tensor(ids), self._shape.tensor(positions), plan)
         for row in rows:
-            read = len(row.pending) - row.sampled - len(row.guessed)
+            read = len(row.pending) - row.sampled - len(row.drafted)
             self.prefilled_tokens += read * (len(row.members) if row.episode.tokens else 1)
         ends = np.cumsum([len(row.pending) for row in rows]).tolist()
         self._score_cues(rows, ends, hidden, temperature)
@@ -296,7 +296,7 @@ class LocalSession:
             for part in self._by_wish(row):
                 if part.episode.state is State.SAMPLE:
                     ready.append(part)
-                    last += range(end - 1 - len(part.guessed), end)
+                    last += range(end - 1 - len(part.drafted), end)
                 else:
                     self._advance(part)
         return ready, hidden[self._shape.tensor(last)]
@@ -324,7 +324,7 @@ class LocalSession:
             row.cue = 0
 
     def _sample(self, rows: list[LiveRow], hidden: Tensor, temperature: float) -> None:
-        """A token for each episode, and more where they were guessed."""
+        """A token for each episode, and more where they were drafted."""
         if not rows:
             return
         streams: list[int] = []
@@ -333,7 +333,7 @@ class LocalSession:
         for row in rows:
             own = [member.stream for member in row.members]
             said = len(row.episode.tokens)
-            for place in range(said, said + 1 + len(row.guessed)):
+            for place in range(said, said + 1 + len(row.drafted)):
                 streams += own
                 places += [place] * len(own)
                 counts.append(len(own))
@@ -341,15 +341,15 @@ class LocalSession:
         ids, logps = draw(self._head, hidden, temperature, uniform, counts)
         drawn = zip(ids.tolist(), logps.tolist(), strict=True)
         for row in rows:
-            self._take(row, [[*islice(drawn, len(row.members))] for _ in range(1 + len(row.guessed))])
+            self._take(row, [[*islice(drawn, len(row.members))] for _ in range(1 + len(row.drafted))])
 
     def _take(self, row: LiveRow, drawn: list[list[tuple[int, float]]]) -> None:
-        """Give a row's episodes what they drew, place by place, as long as that is what was guessed.
+        """Give a row's episodes what they drew, place by place, as long as that is what was drafted.
 
         drawn: token and log-prob of each member, at each place.
         """
-        guessed, row.guessed = row.guessed, []
-        row.length -= len(guessed)
+        drafted, row.drafted = row.drafted, []
+        row.length -= len(drafted)
         indices, members = list(range(len(row.members))), row.members
         for place, found in enumerate(drawn):
             tail = row.tail
@@ -362,12 +362,12 @@ class LocalSession:
                 episode.sampled(token, logp)
                 parts.setdefault((token, wish(episode)), []).append(index)
             self.generated_tokens += len(indices)
-            run = (guessed[place], SAMPLING) if place < len(guessed) else None
+            run = (drafted[place], SAMPLING) if place < len(drafted) else None
             keys = sorted(parts, key=lambda key: key != run)  # what is run already keeps the row
             rows = self._part(row, [[members[index] for index in parts[key]] for key in keys])
             for part, (token, _) in zip(rows, keys, strict=True):
-                if self._guesses is not None:
-                    self._guesses.learn(tail, (token,))
+                if self._drafts is not None:
+                    self._drafts.learn(tail, (token,))
                 part.pending, part.sampled = [token], True
             for part in rows[keys[0] == run :]:
                 self._advance(part)

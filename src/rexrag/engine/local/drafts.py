@@ -1,9 +1,9 @@
-"""Guesses at what a row says next, so that one forward runs several of its tokens.
+"""Drafts of what a row says next, so that one forward runs several of its tokens.
 
 A forward of one token a row takes nearly as long as one of a few, and much of what a search agent writes was
-to be expected: tags, phrases, names from its evidence. Guessed tokens run along with a sampled one. Which
+to be expected: tags, phrases, names from its evidence. Drafted tokens run along with a sampled one. Which
 token comes at a place is a function of the row's random number and the model's distribution there
-(`draw.py`), so a guess decides nothing: where it was right its place is run already, else what it wrote is
+(`draw.py`), so a draft decides nothing: where it was right its place is run already, else what it wrote is
 dropped. This is speculative decoding (Leviathan, Kalman & Matias 2023) with n-grams of the session's own rows
 as the draft, and gives the same tokens, not only the same distribution.
 """
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 ORDER = 3
-"""Tokens that a guess looks back at, at most."""
+"""Tokens that a draft looks back at, at most: n − 1 of the n-grams."""
 LENGTH = 8
-"""Tokens guessed ahead, at most."""
+"""Tokens drafted ahead, at most."""
 CONFIDENCE = 0.5
 """Least product of their shares among what came after the same tokens before."""
 
@@ -30,7 +30,7 @@ class _Seen:
     counts: dict[int, int] = field(default_factory=dict)
 
 
-class Guesses:
+class Drafts:
     """Counts of which token followed the last one to `ORDER` tokens, over all rows of a session."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Guesses:
                 if count > seen.counts.get(seen.likeliest, 0):
                     seen.likeliest = token
 
-    def guess(self, before: Sequence[int], most: int) -> list[int]:
+    def draft(self, before: Sequence[int], most: int) -> list[int]:
         """At most `most` tokens that are likely to follow `before`."""
         row = [*before[-ORDER:]]
         first, sure = len(row), 1.0
