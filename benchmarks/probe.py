@@ -135,7 +135,7 @@ def one_round(
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--rollouts", type=int, default=64)
-    options.add_argument("--group", type=int, default=5, help="rollouts of one question; both configurations draw 5")
+    options.add_argument("--group", type=int, default=5, help="rollouts of one question, as configured")
     options.add_argument("--probability", type=float, default=1.0, help="chance that a rollout is probed")
     args = options.parse_args()
     config = configure(args)

@@ -172,7 +172,7 @@ def show(count: int, found: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--rollouts", default="", help="numbers with commas; default 64,256 or 8,32,128")
-    options.add_argument("--group", type=int, default=5, help="rollouts of one question; both configurations draw 5")
+    options.add_argument("--group", type=int, default=5, help="rollouts of one question, as configured")
     options.add_argument("--engines", default="local,transformers")
     options.add_argument("--trl-python", default="", help="an interpreter that has trl")
     options.add_argument("--vllm-python", default="", help="an interpreter that has vllm")
