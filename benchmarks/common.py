@@ -18,12 +18,12 @@ import torch
 import transformers
 from torch import nn
 
-from rexrag import presets
-from rexrag.config import Config
-from rexrag.engine.local.loading import EMBEDDED, choose_device
+from rexrag.config import presets
+from rexrag.config.schema import Config
+from rexrag.engine.loading import EMBEDDED, choose_device
 from rexrag.retrieval import make_retriever
 from rexrag.retrieval.base import Retriever
-from rexrag.setup import load_data
+from rexrag.training.components import load_data
 from rexrag.types import Origin, Question, Rollout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -38,14 +38,14 @@ from common import (
     table,
     write,
 )
-from rexrag.config import Config
-from rexrag.engine.local import learner as learner_module
-from rexrag.engine.local.attention import token_logps
-from rexrag.engine.local.learner import LocalLearner
-from rexrag.engine.local.loading import load_engine
-from rexrag.engine.local.packing import TokenRow, pack, pack_rows
-from rexrag.setup import load_cues
-from rexrag.step import collect
+from rexrag.config.schema import Config
+from rexrag.engine.attention import token_logps
+from rexrag.engine.learning import learner as learner_module
+from rexrag.engine.learning.learner import LocalLearner
+from rexrag.engine.learning.packing import TokenRow, pack, pack_rows
+from rexrag.engine.loading import load_engine
+from rexrag.training.components import load_cues
+from rexrag.training.step import collect
 from rexrag.types import Sample
 
 Packer = Callable[[Sequence[TokenRow], Sequence[int], int], Iterator[Any]]

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 from rexrag.method import CueTrie
-from rexrag.method.realignment import mixture_densities, probe_log_densities
+from rexrag.method.densities import mixture_densities, probe_log_densities
 from rexrag.types import Origin
 
 BASE, PROBES, LENGTH, VOCABULARY, POOL, CUE = 2560, 205, 2048, 32000, 30, 17

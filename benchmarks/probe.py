@@ -41,11 +41,11 @@ from common import (
     write,
 )
 from rexrag.agent.episode import Episode, State
-from rexrag.config import Config
-from rexrag.engine.local.loading import load_policy, resolve
-from rexrag.engine.local.policy import LocalPolicy
+from rexrag.config.schema import Config
+from rexrag.engine.loading import load_policy, resolve
+from rexrag.engine.sampling.policy import LocalPolicy
 from rexrag.retrieval.base import Retriever
-from rexrag.setup import load_cues
+from rexrag.training.components import load_cues
 from rexrag.types import Origin, Question
 from turns import Generate, drive
 

@@ -43,12 +43,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rexrag.data.world import World
-from rexrag.retrieval.bm25 import BM25Options, split_words
-from rexrag.retrieval.build import BuildOptions, build_index
+from rexrag.data.world.generator import World
 from rexrag.retrieval.corpus import read_corpus
-from rexrag.retrieval.documents import DOCUMENTS, OFFSETS
-from rexrag.retrieval.index import load_index, read_manifest, write_manifest
+from rexrag.retrieval.index.build import BuildOptions, build_index
+from rexrag.retrieval.index.documents import DOCUMENTS, OFFSETS
+from rexrag.retrieval.index.folder import load_index, read_manifest, write_manifest
+from rexrag.retrieval.rankers.bm25 import BM25Options, split_words
 
 BATCH = 64
 ENGINES = {"bm25s": "bm25", "tantivy": "bm25-disk", "seismic": "bm25-fast", "rank_bm25": ""}
@@ -84,7 +84,7 @@ def read_questions(path: Path, limit: int) -> list[str]:
 
 
 def exact_bm25(corpus: Path, queries: list[str], options: BM25Options) -> list[NDArray[np.float64]]:
-    """Scores [N] of each query by the formula of `rexrag.retrieval.bm25`, in float64."""
+    """Scores [N] of each query by the formula of `rexrag.retrieval.rankers.bm25`, in float64."""
     wanted = {word for query in queries for word in split_words(query)}
     postings: dict[str, list[tuple[int, int]]] = {word: [] for word in wanted}
     lengths: list[int] = []
@@ -148,7 +148,7 @@ def build(engine: str, corpus: Path, index: Path, encoder: str) -> dict[str, Any
 
 def build_from_flat(ann: str, flat: Path, index: Path) -> None:
     """An approximate index over the vectors of a flat one."""
-    from rexrag.retrieval.dense import VECTORS, DenseOptions, build_ann, tidy
+    from rexrag.retrieval.rankers.dense import VECTORS, DenseOptions, build_ann, tidy
 
     index.mkdir()
     for name in (VECTORS, DOCUMENTS, OFFSETS):
@@ -209,7 +209,7 @@ def run_child(task: dict[str, Any]) -> None:
 
 def dense_reference(index: Path, queries: list[str], encoder: str) -> list[NDArray[np.float64]]:
     """1 + cosine with every vector of a flat index (positive, as `recall` wants scores)."""
-    from rexrag.retrieval.encoder import Encoder
+    from rexrag.retrieval.rankers.encoder import Encoder
 
     vectors = np.load(index / "vectors.npy", mmap_mode="r")
     asked = Encoder(encoder).queries(queries)

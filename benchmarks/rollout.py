@@ -45,9 +45,9 @@ from common import (
     write,
 )
 from rexrag.agent.episode import Episode
-from rexrag.config import Config
-from rexrag.engine.local.loading import EMBEDDED, load_policy, resolve
-from rexrag.engine.local.policy import LocalPolicy
+from rexrag.config.schema import Config
+from rexrag.engine.loading import EMBEDDED, load_policy, resolve
+from rexrag.engine.sampling.policy import LocalPolicy
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Origin, Question
 

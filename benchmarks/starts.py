@@ -20,17 +20,17 @@ from pathlib import Path
 
 import torch
 
-from rexrag import presets
 from rexrag.agent.prompts import cue_pool
-from rexrag.config import PolicyConfig
+from rexrag.config import presets
+from rexrag.config.schema import PolicyConfig
 from rexrag.data.demonstrations import HARD_KINDS
-from rexrag.data.world import World
-from rexrag.engine.local.loading import EMBEDDED, load_policy, resolve
-from rexrag.engine.local.policy import LocalPolicy
-from rexrag.intervals import share
+from rexrag.data.world.generator import World
+from rexrag.engine.loading import EMBEDDED, load_policy, resolve
+from rexrag.engine.sampling.policy import LocalPolicy
+from rexrag.experiments.diagnosis import CUE, RESAMPLE, Figure, Observed, describe, lines, observe
 from rexrag.io import write_json
-from rexrag.prospects import CUE, RESAMPLE, Figure, Observed, describe, lines, observe
-from rexrag.retrieval.bm25 import BM25Retriever
+from rexrag.retrieval.rankers.bm25 import BM25Retriever
+from rexrag.stats import share
 from rexrag.types import Origin, Question
 
 FIRST_WORLD = 7_000_000

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import rexrag.step
+import rexrag.training.step
 from clock import model_clock
 from common import (
     configure,
@@ -46,10 +46,10 @@ from common import (
     write,
 )
 from rexrag.agent.episode import Episode
-from rexrag.config import Config
-from rexrag.engine.local.loading import load_engine, resolve
-from rexrag.setup import load_cues
-from rexrag.step import collect
+from rexrag.config.schema import Config
+from rexrag.engine.loading import load_engine, resolve
+from rexrag.training.components import load_cues
+from rexrag.training.step import collect
 from rexrag.types import Turn
 
 PHASES = ("rollout", "probe", "score", "correct", "learn")
@@ -143,7 +143,7 @@ def steps(config: Config, questions: int, rounds: int, seed: int) -> dict[str, A
 
 def run_point(config: Config, point: dict[str, int], rounds: int, seed: int) -> dict[str, Any]:
     """A paced step in this process."""
-    rexrag.step.Episode = Paced  # type: ignore[misc]
+    rexrag.training.step.Episode = Paced  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
         return steps(paced_config(config, point, folder), point["questions"], rounds, seed)
 

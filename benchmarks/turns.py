@@ -13,8 +13,8 @@ import torch
 
 from rexrag.agent.codec import HFCodec
 from rexrag.agent.episode import Episode, State
-from rexrag.agent.protocol import parse_action
-from rexrag.engine.local.loading import choose_device
+from rexrag.agent.protocols.tags import parse_action
+from rexrag.engine.loading import choose_device
 from rexrag.retrieval.base import Retriever
 
 STOPS = ["</search>", "</answer>"]

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieve import BATCH, child, resident, show
-from rexrag.retrieval.dense import (
+from rexrag.retrieval.rankers.dense import (
     VECTORS,
     DenseOptions,
     DenseRanker,

@@ -21,7 +21,7 @@ import torch
 from common import DTYPES, Work, grouped, questions_and_retriever
 from rexrag.agent.codec import load_codec
 from rexrag.agent.episode import Episode, State
-from rexrag.config import Config
+from rexrag.config.schema import Config
 from rexrag.retrieval.base import Retriever
 from turns import TRL, Generate, append_forced, drive, encode_again, search, take
 
@@ -34,7 +34,7 @@ class Local:
     """This project's sampler."""
 
     def __init__(self, folder: str, config: Config) -> None:
-        from rexrag.engine.local.loading import load_policy
+        from rexrag.engine.loading import load_policy
 
         self.policy = load_policy(config.policy)
         self.temperature = config.agent.temperature

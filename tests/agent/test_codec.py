@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rexrag.agent.codec import HFCodec, load_codec
 from rexrag.errors import ModelError
-from tests.agent.codecs import BPE, WORD, byte_level_bpe, words_with_tag_tokens
+from tests.support.codecs import BPE, WORD, byte_level_bpe, words_with_tag_tokens
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -8,13 +8,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rexrag.agent.episode import Episode, State
-from rexrag.agent.protocol import NOTICE, extract_answer, parse_action
-from rexrag.config import AgentConfig
+from rexrag.agent.protocols.tags import NOTICE, extract_answer, parse_action
+from rexrag.config.schema import AgentConfig
 from rexrag.errors import ConfigError, DataError
 from rexrag.method.dead_ends import cut_position
 from rexrag.types import Document, Origin, Question, StopReason
-from tests.agent.codecs import CODECS, EOS, TAGS
-from tests.fakes import CharCodec, FakeRetriever, ScriptedPolicy, document
+from tests.support.codecs import CODECS, EOS, TAGS
+from tests.support.fakes import CharCodec, FakeRetriever, ScriptedPolicy, document
 
 QUESTION = Question("7", "who is the boss", ("al",))
 CONFIG = AgentConfig(template="terse", search_turns=2, turn_tokens=80, evidence_tokens=60, total_tokens=600)

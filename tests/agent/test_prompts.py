@@ -7,9 +7,9 @@ import pytest
 
 from rexrag.agent.codec import load_codec
 from rexrag.agent.prompts import CUE_POOLS, TEMPLATES, cue_pool, pool_digest, render_prompt
-from rexrag.agent.protocol import NOTICE, actions
+from rexrag.agent.protocols.tags import NOTICE, actions
 from rexrag.errors import ConfigError, DataError
-from tests.agent.codecs import TAGS
+from tests.support.codecs import TAGS
 
 
 def test_question_mark_is_added_only_where_it_lacks():

@@ -14,7 +14,7 @@ from rexrag.agent.reward import (
     score_answer,
     sub_exact_match,
 )
-from rexrag.config import AgentConfig
+from rexrag.config.schema import AgentConfig
 
 
 @pytest.mark.parametrize(

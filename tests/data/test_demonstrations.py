@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from rexrag.agent.codec import HFCodec
 from rexrag.agent.episode import Episode, State
 from rexrag.agent.prompts import cue_pool
-from rexrag.config import AgentConfig
-from rexrag.data.chains import clip, find_chain, question_demonstrations, shares
+from rexrag.config.schema import AgentConfig
 from rexrag.data.demonstrations import (
     HARD_KINDS,
     Demonstration,
@@ -26,12 +25,13 @@ from rexrag.data.demonstrations import (
     write,
 )
 from rexrag.data.questions import load_questions
-from rexrag.data.world import KINDS, World
-from rexrag.engine.local.warmup import EMBEDDED_AGENT, embedded_tokenizer, episode_setting
-from rexrag.retrieval.bm25 import BM25Retriever
+from rexrag.data.two_wiki import clip, find_chain, question_demonstrations, shares
+from rexrag.data.world.generator import KINDS, World
 from rexrag.retrieval.corpus import read_corpus
+from rexrag.retrieval.rankers.bm25 import BM25Retriever
+from rexrag.training.sft import EMBEDDED_AGENT, embedded_tokenizer, episode_setting
 from rexrag.types import Origin, Question, Rollout
-from tests.fakes import CharCodec, document
+from tests.support.fakes import CharCodec, document
 
 DOUBTS = [cue.removeprefix("<think> ") for cue in cue_pool("tiny_demo")]
 SEEDS = st.integers(0, 10**6)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from rexrag.engine.local.attention import use_packed_attention
-from tests.engine.scripted import MAKERS
+from rexrag.engine.attention import use_packed_attention
+from tests.support.scripted import MAKERS
 
 
 @pytest.fixture(autouse=True)

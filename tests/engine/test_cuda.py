@@ -9,21 +9,28 @@ import numpy as np
 import pytest
 import torch
 
-from rexrag.config import MethodConfig
-from rexrag.engine.local import cache, sampler
-from rexrag.engine.local.attention import use_packed_attention
-from rexrag.engine.local.cache import CacheShape
-from rexrag.engine.local.decoder import heads_of
-from rexrag.engine.local.learner import LocalLearner
-from rexrag.engine.local.loading import load_engine
-from rexrag.engine.local.recorded import Recorded
-from rexrag.engine.local.sampler import LocalSession
-from rexrag.presets import resolve
-from rexrag.train import train
+from rexrag.config.presets import resolve
+from rexrag.config.schema import MethodConfig
+from rexrag.engine.attention import use_packed_attention
+from rexrag.engine.learning.learner import LocalLearner
+from rexrag.engine.loading import load_engine
+from rexrag.engine.sampling import cache, sampler
+from rexrag.engine.sampling.cache import CacheShape
+from rexrag.engine.sampling.cuda_graphs import Recorded
+from rexrag.engine.sampling.decoder import heads_of
+from rexrag.engine.sampling.sampler import LocalSession
+from rexrag.training.loop import train
 from rexrag.types import Origin
-from tests.engine.scripted import MAKERS, Echo, Script, llama
-from tests.engine.test_learner import distance, gradients, learner, near_policy, samples
-from tests.engine.test_sampler import CUE, full_logps, generate_turns, last_sampled, rollouts, session
+from tests.engine.learning.test_learner import distance, gradients, learner, near_policy, samples
+from tests.engine.sampling.test_sampler import (
+    CUE,
+    full_logps,
+    generate_turns,
+    last_sampled,
+    rollouts,
+    session,
+)
+from tests.support.scripted import MAKERS, Echo, Script, llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

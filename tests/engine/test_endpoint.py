@@ -6,18 +6,18 @@ from transformers import AutoModelForCausalLM
 
 from rexrag.agent.codec import load_codec
 from rexrag.agent.episode import Episode
-from rexrag.config import AgentConfig, PolicyConfig
-from rexrag.data.world import World
+from rexrag.config.schema import AgentConfig, PolicyConfig
+from rexrag.data.world.generator import World
 from rexrag.engine.endpoint import EndpointPolicy, connect
 from rexrag.engine.endpoint.client import CompletionClient, base_url, parse_completion
 from rexrag.engine.endpoint.policy import _trimmed_stop, _without_end
-from rexrag.engine.local.loading import load_policy, resolve
+from rexrag.engine.loading import load_policy, resolve
 from rexrag.errors import ConfigError, ModelError
-from rexrag.retrieval.bm25 import BM25Retriever
+from rexrag.retrieval.rankers.bm25 import BM25Retriever
 from rexrag.types import Origin, Question
-from tests.engine.completions_server import CompletionsServer, says, scripted, slow, status
-from tests.fakes import CharCodec, FakeRetriever, document
-from tests.retrieval.live import running
+from tests.support.completions_server import CompletionsServer, says, scripted, slow, status
+from tests.support.fakes import CharCodec, FakeRetriever, document
+from tests.support.live_service import running
 
 CODEC = CharCodec()
 AGENT = AgentConfig(template="terse", search_turns=2, turn_tokens=200, evidence_tokens=200, total_tokens=2000)

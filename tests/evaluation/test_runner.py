@@ -7,18 +7,18 @@ from types import SimpleNamespace
 import pytest
 
 from rexrag.agent.reward import has_answer
-from rexrag.config import AgentConfig, Config, DataConfig, RetrieverConfig
+from rexrag.config.schema import AgentConfig, Config, DataConfig, RetrieverConfig
 from rexrag.errors import ConfigError, DataError, RetrievalError
 from rexrag.evaluation import runner
-from rexrag.evaluation.audit import audit
-from rexrag.evaluation.paired import compare, load_evaluation
-from rexrag.evaluation.plan import Choices, make_plan
+from rexrag.evaluation.cells import Choices, make_plan
+from rexrag.evaluation.corpus_audit import audit
+from rexrag.evaluation.paired_tests import compare, load_evaluation
 from rexrag.evaluation.policies import PolicySource
 from rexrag.evaluation.published import BUDGET, PUBLISHED, cell_obstacles, obstacles
 from rexrag.evaluation.records import read_records
 from rexrag.evaluation.runner import GONE, Options, run
 from rexrag.types import Document, Question
-from tests.fakes import ScriptedPolicy
+from tests.support.fakes import ScriptedPolicy
 
 AGENT = AgentConfig(template="terse", search_turns=2, turn_tokens=100, evidence_tokens=120, total_tokens=3000)
 N = 12
@@ -418,7 +418,7 @@ def test_the_paper_s_set_up_is_comparable():
 
 
 def test_a_set_is_comparable_where_all_of_it_was_asked():
-    from rexrag.data.benchmarks import sample, whole_set
+    from rexrag.data.qa_sets import sample, whole_set
 
     questions = [Question(str(i), "q", ("a",), "bamboogle", "test") for i in range(125)]
     whole = whole_set("bamboogle", questions, "")

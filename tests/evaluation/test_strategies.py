@@ -3,13 +3,13 @@
 import pytest
 
 from rexrag.agent.prompts import cue_pool
-from rexrag.config import AgentConfig, Config, RetrieverConfig
-from rexrag.evaluate import evaluate
-from rexrag.evaluation.attempts import Bench
+from rexrag.config.schema import AgentConfig, Config, RetrieverConfig
+from rexrag.evaluation.attempt import Bench
 from rexrag.evaluation.records import record
 from rexrag.evaluation.strategies import STRATEGIES, voted
+from rexrag.training.validation import evaluate
 from rexrag.types import Question
-from tests.fakes import CharCodec, FakeRetriever, ScriptedPolicy, document
+from tests.support.fakes import CharCodec, FakeRetriever, ScriptedPolicy, document
 
 CODEC = CharCodec()
 AGENT = AgentConfig(search_turns=3, turn_tokens=400, evidence_tokens=200, total_tokens=6000)

@@ -6,11 +6,11 @@ from statistics import fmean
 
 import pytest
 
-from rexrag.config import SPENT
+from rexrag.config.schema import SPENT
 from rexrag.report.charts import Chart, make_charts, plain
 from rexrag.report.read import read_runs
 from rexrag.report.series import aligned, group_arms, mean_interval, mean_series, series
-from tests.report.synthetic import write_run
+from tests.support.synthetic import write_run
 
 
 def chart_of(charts: list[Chart], title: str) -> Chart:

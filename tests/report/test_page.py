@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from rexrag.errors import DataError
 from rexrag.report import write_report
+from rexrag.report.formatting import compact, duration
 from rexrag.report.headline import _paired
 from rexrag.report.page import json_block
 from rexrag.report.read import read_runs
 from rexrag.report.series import group_arms
-from rexrag.report.words import compact, duration
-from tests.report.synthetic import HOSTILE, write_run
+from tests.support.synthetic import HOSTILE, write_run
 
 
 class Page(HTMLParser):

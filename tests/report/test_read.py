@@ -7,7 +7,7 @@ import pytest
 
 from rexrag.errors import DataError
 from rexrag.report.read import Estimate, read_run, read_runs, rollout_rows
-from tests.report.synthetic import interval, rollout, write_rollouts, write_run
+from tests.support.synthetic import interval, rollout, write_rollouts, write_run
 
 
 def rewrite(path: Path, change: dict[int, str]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rexrag.errors import DataError
 from rexrag.report.read import read_run
 from rexrag.report.rollouts import OUTCOMES, TEXT_CAP, Chosen, _shares, choose_rollouts
-from tests.report.synthetic import rollout, write_rollouts, write_run
+from tests.support.synthetic import rollout, write_rollouts, write_run
 
 QUESTION = {"id": "q", "text": "Where was Anna Berg born?", "answers": ["oskel"], "hops": 1}
 

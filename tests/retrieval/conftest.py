@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rexrag.data.world import World
+from rexrag.data.world.generator import World
 from rexrag.io import write_jsonl
-from rexrag.retrieval.bm25 import BM25Retriever
+from rexrag.retrieval.rankers.bm25 import BM25Retriever
 from rexrag.types import Document
 
 TEXTS = [

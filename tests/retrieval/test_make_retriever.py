@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from rexrag.config import RetrieverConfig
+from rexrag.config.schema import RetrieverConfig
 from rexrag.errors import ConfigError, DataError, IndexFolderError
 from rexrag.io import write_jsonl
 from rexrag.retrieval import make_retriever
-from rexrag.retrieval.bm25 import BM25Retriever
-from rexrag.retrieval.client import RemoteRetriever
-from rexrag.retrieval.index import save_index
+from rexrag.retrieval.http.client import RemoteRetriever
+from rexrag.retrieval.index.folder import save_index
+from rexrag.retrieval.rankers.bm25 import BM25Retriever
 from rexrag.types import Document
 
 

@@ -23,9 +23,16 @@ from typing import Protocol
 from weakref import WeakKeyDictionary, ref
 
 from rexrag.agent.prompts import render_prompt
-from rexrag.agent.protocol import EVIDENCE_CLOSE, EVIDENCE_OPEN, NOTICE, Action, parse_action, render_evidence
+from rexrag.agent.protocols.tags import (
+    EVIDENCE_CLOSE,
+    EVIDENCE_OPEN,
+    NOTICE,
+    Action,
+    parse_action,
+    render_evidence,
+)
 from rexrag.agent.reward import exact_match, rollout_reward
-from rexrag.config import AgentConfig
+from rexrag.config.schema import AgentConfig
 from rexrag.errors import ConfigError, DataError
 from rexrag.types import Document, Origin, Question, Rollout, StopReason, Turn
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeVar
 
-from rexrag.agent.protocol import neutralise
+from rexrag.agent.protocols.tags import neutralise
 from rexrag.errors import ConfigError, DataError
 from rexrag.io import read_lines
 

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rexrag.agent.protocol import well_formed
-from rexrag.config import AgentConfig
+from rexrag.agent.protocols.tags import well_formed
+from rexrag.config.schema import AgentConfig
 
 _VERDICTS = frozenset({"yes", "no", "noanswer"})
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

@@ -78,8 +78,8 @@ def evaluate(
       rexrag eval --policy models/a --data dev.jsonl --corpus corpus.jsonl --votes 5
       rexrag eval --show runs/eval/a --against runs/eval/b          two finished evaluations, paired
     """
-    from rexrag.cli.show import stdout
-    from rexrag.cli.show_eval import EvalProgress, print_evaluation
+    from rexrag.cli.display import stdout
+    from rexrag.cli.display_eval import EvalProgress, print_evaluation
     from rexrag.errors import EvaluationError
 
     console = stdout()
@@ -135,7 +135,7 @@ def _run(
     out: Path | None,
     progress: Any,
 ) -> dict[str, Any]:
-    from rexrag.evaluation.plan import Choices, make_plan
+    from rexrag.evaluation.cells import Choices, make_plan
     from rexrag.evaluation.policies import EndpointOptions, is_endpoint, open_policy, resolve_config
     from rexrag.evaluation.published import check_vouched
     from rexrag.evaluation.runner import Options, run
@@ -156,7 +156,7 @@ def _run(
 def _searched(corpus: str, index: str, retriever: str) -> list[str]:
     """What --corpus, --index and --retriever say, as overrides of the configuration."""
     from rexrag.errors import ConfigError
-    from rexrag.retrieval.index import read_manifest
+    from rexrag.retrieval.index.folder import read_manifest
 
     if index and retriever:
         raise ConfigError("--index and --retriever: only one of them would be asked; give that one")
@@ -170,7 +170,7 @@ def _searched(corpus: str, index: str, retriever: str) -> list[str]:
 
 
 def _shown(folder: Path, against: list[Path]) -> dict[str, Any]:
-    from rexrag.evaluation.paired import compare, load_evaluation
+    from rexrag.evaluation.paired_tests import compare, load_evaluation
 
     result, rows = load_evaluation(folder)
     paired = [row for other in against for row in compare(rows, load_evaluation(other)[1], str(other))]

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from rexrag import presets
 from rexrag.cli.training import JsonOption, SetOption
+from rexrag.config import presets
 
 model_app = typer.Typer(help="Import and export weights.", no_args_is_help=True)
 
@@ -29,7 +29,7 @@ def model_import(
 
     Example: rexrag model import SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2-135m
     """
-    from rexrag.data.models import import_gguf
+    from rexrag.engine.gguf import import_gguf
 
     folder = import_gguf(file, out)
     print(json.dumps({"out": str(folder)}) if as_json else f"model folder {folder}")
@@ -49,7 +49,7 @@ def model_export(
       rexrag model export runs/qwen2.5-3b --out models/rex-3b --dtype bfloat16
       rexrag model export runs/qwen2.5-3b/checkpoints/global_step_200 --out models/rex-3b-200
     """
-    from rexrag.engine.verl.export import export
+    from rexrag.verl.export import export
 
     facts = export(checkpoint, out, dtype)
     text = f"{facts['parameters']:,} parameters in {facts['dtype']}, from {facts['from']}: {facts['out']}"
@@ -66,7 +66,7 @@ def warmup(
 
     Example: rexrag warmup smollm2-2wiki --out models/smollm2-2wiki-warm
     """
-    from rexrag.warmup import warm_up
+    from rexrag.training.warmup import warm_up
 
     facts = warm_up(presets.resolve(config, "", override or []), out)
     if as_json:

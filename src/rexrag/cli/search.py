@@ -40,9 +40,9 @@ def retrieve(
       rexrag retrieve "capital of France" "largest moon" --corpus corpus.jsonl
       rexrag retrieve "capital of France" --url http://127.0.0.1:8000
     """
-    from rexrag.config import RetrieverConfig
+    from rexrag.config.schema import RetrieverConfig
     from rexrag.retrieval import make_retriever
-    from rexrag.retrieval.index import read_manifest
+    from rexrag.retrieval.index.folder import read_manifest
 
     if sum(map(bool, (index, corpus, url))) != 1:
         raise ConfigError("expected exactly one of --index, --corpus and --url")
@@ -103,11 +103,11 @@ def index_build(
 
     from rich.console import Console
 
-    from rexrag.cli.show import BuildProgress
-    from rexrag.retrieval.bm25 import BM25Options
-    from rexrag.retrieval.build import BuildOptions, build_index
-    from rexrag.retrieval.index import refuse_other_folder
-    from rexrag.retrieval.plan import plan
+    from rexrag.cli.display import BuildProgress
+    from rexrag.retrieval.index.build import BuildOptions, build_index
+    from rexrag.retrieval.index.estimate import plan
+    from rexrag.retrieval.index.folder import refuse_other_folder
+    from rexrag.retrieval.rankers.bm25 import BM25Options
 
     options = BuildOptions(
         kind=kind,
@@ -170,8 +170,8 @@ def serve(
       rexrag serve indexes/wiki --port 8000
       REXRAG_RETRIEVER_TOKEN=… rexrag serve indexes/wiki --host 0.0.0.0
     """
-    from rexrag.retrieval.service import Limits
-    from rexrag.retrieval.service import serve as run
+    from rexrag.retrieval.http.service import Limits
+    from rexrag.retrieval.http.service import serve as run
 
     def ready(address: str, passages: int) -> None:
         print(f"POST {address}/retrieve ({passages:,} passages; Ctrl-C stops)", flush=True)

@@ -38,8 +38,8 @@ def ask(
       rexrag ask "Who is the mayor of the city where … was born?"
       rexrag ask "…" --policy runs/quickstart --set data.world_seed=7
     """
-    from rexrag.ask import ask as run
     from rexrag.errors import ConfigError
+    from rexrag.evaluation.ask import ask as run
     from rexrag.evaluation.policies import is_endpoint, resolve_config
 
     if is_endpoint(policy):
@@ -57,8 +57,8 @@ def score(
 
     Example: rexrag score traces.jsonl --rows
     """
-    from rexrag.agent.score import score_traces
-    from rexrag.cli.show import stdout, table
+    from rexrag.cli.display import stdout, table
+    from rexrag.evaluation.rescore import score_traces
 
     scores, totals = score_traces(file)
     if as_json:
@@ -91,7 +91,7 @@ def data_world(
 
     Example: rexrag data world worlds/big --people 20000 --train 5000
     """
-    from rexrag.data.world import World
+    from rexrag.data.world.generator import World
 
     world = World(seed, people)
     world.write(out, train, held_out, seed)
@@ -123,8 +123,8 @@ def doctor(as_json: JsonOption = False) -> None:
 
     Example: rexrag doctor --json
     """
-    from rexrag.cli.show import stdout, table
-    from rexrag.doctor import examine
+    from rexrag.cli.display import stdout, table
+    from rexrag.cli.doctor import examine
 
     findings = examine()
     if as_json:

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from rexrag import presets
-from rexrag.config import ENDLESS, SPENT, Budget, Config
-from rexrag.config_io import dump_toml, load_config
+from rexrag.config import presets
+from rexrag.config.files import dump_toml, load_config
+from rexrag.config.schema import ENDLESS, SPENT, Budget, Config
 from rexrag.errors import ConfigError
 from rexrag.io import write_text
-from rexrag.runs import check_resumable, free_folder, has_checkpoint
-from rexrag.tracking import CONTROL
+from rexrag.training.run_folder import check_resumable, free_folder, has_checkpoint
+from rexrag.training.trackers import CONTROL
 
 ConfigArgument = Annotated[
     str | None, typer.Argument(help="A TOML file or the name of a shipped config; none: the quickstart.")
@@ -63,7 +63,7 @@ def train(
       rexrag train --resume --out runs/long
       rexrag train qwen2.5-3b-nq-hotpot --dry-run
     """
-    from rexrag.cli.show import stdout, summary_table
+    from rexrag.cli.display import stdout, summary_table
     from rexrag.report import write_report
 
     overrides = [*(override or []), *([f"seed={seed}"] if seed is not None else [])]
@@ -105,8 +105,8 @@ def train(
 
 
 def _show_dry_run(settings: Config, as_json: bool) -> None:
-    from rexrag.cli.show import dry_run_tables, stdout
-    from rexrag.engine.verl.dry_run import dry_run
+    from rexrag.cli.display import dry_run_tables, stdout
+    from rexrag.verl.dry_run import dry_run
 
     facts = dry_run(settings)
     if as_json:
@@ -118,9 +118,9 @@ def _show_dry_run(settings: Config, as_json: bool) -> None:
 
 def _run_parts(parts: list[Part], resume: bool, console: Console) -> list[Summary]:
     """Train the run and its control; a resume skips what is over and begins again what saved nothing."""
-    from rexrag.cli.show import RunProgress
-    from rexrag.tracking import Together, open_trackers
-    from rexrag.train import train as run
+    from rexrag.cli.display import RunProgress
+    from rexrag.training.loop import train as run
+    from rexrag.training.trackers import Together, open_trackers
 
     summaries: list[Summary] = []
     (_, settings, folder), *others = parts
@@ -176,8 +176,9 @@ def compare(
       rexrag compare --arms grpo,rex-rag-rescue --seeds 10 --budget tokens --amount 200000
       rexrag compare my.toml --arms grpo,my-arm.toml --budget time --amount 600
     """
-    from rexrag import experiment, prospects
-    from rexrag.cli.show import comparison_table, diagnostics_table, stdout, table
+    from rexrag.cli.display import comparison_table, diagnostics_table, stdout, table
+    from rexrag.experiments import diagnosis as prospects
+    from rexrag.experiments import runner as experiment
     from rexrag.report import write_report
 
     if budget not in experiment.LIMITS:

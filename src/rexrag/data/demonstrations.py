@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rexrag.data.world import KINDS, RELATIONS, Fact, Item, World
+from rexrag.data.world.generator import KINDS, RELATIONS, Fact, Item, World
 from rexrag.types import Document, Origin
 
 HARD_KINDS = frozenset({

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from rexrag.agent.episode import Codec, Episode
-from rexrag.config import MethodConfig
+from rexrag.config.schema import MethodConfig
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Sample
 

@@ -12,5 +12,5 @@
 | `audit` | which questions a corpus cannot answer |
 | `policies` | a checkpoint, a model id, an endpoint: loading and identity |
 
-Scores and figures are `rexrag.evaluate`'s, the ones of an evaluation during training.
+Scores and figures are `rexrag.training.validation`'s, the ones of an evaluation during training.
 """

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rexrag import presets
-from rexrag.config import Config, PolicyConfig
-from rexrag.config_io import parse_config
+from rexrag.config import presets
+from rexrag.config.files import parse_config
+from rexrag.config.schema import Config, PolicyConfig
 from rexrag.engine.base import Policy
 from rexrag.errors import ConfigError
-from rexrag.runs import digest, last_checkpoint
+from rexrag.training.run_folder import digest, last_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def open_policy(policy: str, config: PolicyConfig, options: EndpointOptions) -> 
         )
     if options.model or options.tokenizer:
         raise ConfigError("--model and --tokenizer belong to an endpoint: --policy http://127.0.0.1:8000/v1")
-    from rexrag.engine.local.loading import identity, load_policy, resolve
+    from rexrag.engine.loading import identity, load_policy, resolve
 
     source = resolve(config.path)
     name = digest(config.dtype, *identity(source))
@@ -84,7 +84,7 @@ def open_policy(policy: str, config: PolicyConfig, options: EndpointOptions) -> 
 
 
 def _is_embedded(policy: str) -> bool:
-    from rexrag.engine.local.loading import EMBEDDED
+    from rexrag.engine.loading import EMBEDDED
 
     return policy in EMBEDDED
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from rexrag.config import AgentConfig, Config, RetrieverConfig
-from rexrag.data.benchmarks import BENCHMARKS, QuestionSet
+from rexrag.config.schema import AgentConfig, Config, RetrieverConfig
+from rexrag.data.qa_sets import BENCHMARKS, QuestionSet
 from rexrag.errors import ConfigError
 from rexrag.retrieval.base import Retriever
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from rexrag.agent.reward import evidence_answers, has_answer
-from rexrag.data.benchmarks import QuestionSet
+from rexrag.data.qa_sets import QuestionSet
 from rexrag.errors import DataError
-from rexrag.evaluate import Scored, figures, mean, scored
-from rexrag.evaluation.attempts import Attempt
-from rexrag.evaluation.audit import Audit
+from rexrag.evaluation.attempt import Attempt
+from rexrag.evaluation.corpus_audit import Audit
 from rexrag.evaluation.strategies import CLOSED_BOOK
-from rexrag.intervals import sampled_error, score_interval
 from rexrag.io import json_line
+from rexrag.stats import sampled_error, score_interval
+from rexrag.training.validation import Scored, figures, mean, scored
 from rexrag.types import Question
 
 Records = dict[str, dict[str, Any]]

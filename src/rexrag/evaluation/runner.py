@@ -25,16 +25,16 @@ from rexrag.agent.episode import Episode
 from rexrag.agent.prompts import cue_pool
 from rexrag.engine.base import Policy
 from rexrag.errors import ConfigError, DataError, RetrievalError, RunFolderError
-from rexrag.evaluation.attempts import Attempt, Bench
-from rexrag.evaluation.audit import Audit, audit
-from rexrag.evaluation.paired import compare, load_evaluation, macro
-from rexrag.evaluation.plan import Cell, Plan, corpus_documents
+from rexrag.evaluation.attempt import Attempt, Bench
+from rexrag.evaluation.cells import Cell, Plan, corpus_documents
+from rexrag.evaluation.corpus_audit import Audit, audit
+from rexrag.evaluation.paired_tests import compare, load_evaluation, macro
 from rexrag.evaluation.published import PUBLISHED, cell_obstacles, obstacles
 from rexrag.evaluation.records import Records, append_records, cell_figures, read_records, record
 from rexrag.evaluation.strategies import CLOSED_BOOK, STRATEGIES, Strategy, voted
 from rexrag.io import sha256_file, write_json
-from rexrag.runs import digest
-from rexrag.setup import LONGEST, check_window
+from rexrag.training.components import LONGEST, check_window
+from rexrag.training.run_folder import digest
 from rexrag.types import Question
 
 BATCH = 64

@@ -24,9 +24,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from rexrag.agent.prompts import render_baseline, render_prompt
-from rexrag.agent.protocol import extract_answer, neutralise
+from rexrag.agent.protocols.tags import extract_answer, neutralise
 from rexrag.agent.reward import normalize_answer
-from rexrag.evaluation.attempts import Attempt, Bench, WatchedEpisode
+from rexrag.evaluation.attempt import Attempt, Bench, WatchedEpisode
 from rexrag.types import Document, Question
 
 Strategy = Callable[[Bench, Sequence[Question]], list[Attempt]]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from rexrag.config import SPENT, Budget
+from rexrag.config.schema import SPENT, Budget
 from rexrag.report.read import Evaluation, Run
 from rexrag.report.series import (
     Arm,

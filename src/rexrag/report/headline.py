@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from statistics import fmean
 
+from rexrag.report.formatting import NONE, compact, duration, interval, points, signed, small, table
 from rexrag.report.read import Estimate, Evaluation, Run, number
 from rexrag.report.series import SYMBOLS, Arm, mean_interval
-from rexrag.report.words import NONE, compact, duration, interval, points, signed, small, table
 
 GLYPHS = dict(zip(("circle-open", *SYMBOLS), "○●◆■▲✚✖", strict=True))
 """The marker of an arm in charts, as a character."""

@@ -20,14 +20,14 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from rexrag.config import Budget
+from rexrag.config.schema import Budget
 from rexrag.io import write_bytes
 from rexrag.report.charts import Chart, make_charts
+from rexrag.report.formatting import compact
 from rexrag.report.headline import evaluation_table, headline
 from rexrag.report.read import Run, read_runs
 from rexrag.report.rollouts import CAP, Chosen, choose_rollouts
 from rexrag.report.series import Arm, group_arms
-from rexrag.report.words import compact
 
 
 def write_report(

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from rexrag.config import ENDLESS, SPENT
+from rexrag.config.schema import ENDLESS, SPENT
 from rexrag.errors import DataError
 
 Row = Mapping[str, Any]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from rexrag.config import RetrieverConfig
+from rexrag.config.schema import RetrieverConfig
 from rexrag.errors import ConfigError, RetrievalError
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Document
@@ -31,7 +31,7 @@ def check_service(config: RetrieverConfig) -> None:
     """
     import httpx
 
-    from rexrag.retrieval.client import RemoteRetriever
+    from rexrag.retrieval.http.client import RemoteRetriever
 
     try:
         with RemoteRetriever(config.url, timeout=min(config.timeout, 10.0), retries=1) as retriever:
@@ -50,7 +50,7 @@ def make_retriever(
     Raises ConfigError, DataError (corpus) or IndexFolderError.
     """
     if config.kind == "remote":
-        from rexrag.retrieval.client import RemoteRetriever
+        from rexrag.retrieval.http.client import RemoteRetriever
 
         if not config.url:
             raise ConfigError("retriever.url is empty; retriever.kind = 'remote' needs a /retrieve address")
@@ -61,9 +61,9 @@ def make_retriever(
             f"retriever.url = '{config.url}', but retriever.kind = '{config.kind}' does not use it; "
             "set retriever.kind = 'remote', or leave the address out"
         )
-    from rexrag.retrieval.bm25 import BM25Retriever
     from rexrag.retrieval.corpus import documents_digest, read_corpus
-    from rexrag.retrieval.index import load_index, read_manifest
+    from rexrag.retrieval.index.folder import load_index, read_manifest
+    from rexrag.retrieval.rankers.bm25 import BM25Retriever
 
     # An empty path is how a config file says "none".
     given = None if isinstance(corpus, str) and not corpus else corpus

@@ -24,9 +24,9 @@ from typing import Any
 import httpx
 
 from rexrag.errors import ConfigError, EndpointError
+from rexrag.http import is_loopback
 from rexrag.io import brief
-from rexrag.retrieval.address import is_loopback
-from rexrag.retrieval.client import may_pass, pause, retry_after
+from rexrag.retrieval.http.client import may_pass, pause, retry_after
 
 TOKEN_VARIABLE = "REXRAG_POLICY_TOKEN"
 STOPS = ("</search>", "</answer>")

@@ -1,5 +1,0 @@
-"""What verl imports in each of its processes (`VERL_USE_EXTERNAL_MODULES`): our registrations."""
-
-from rexrag.engine.verl import agent, loss, trainer
-
-__all__ = ["agent", "loss", "trainer"]

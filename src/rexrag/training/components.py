@@ -1,0 +1,148 @@
+"""From a configuration to the things a run needs: policy, learner, retriever, questions, cue pool."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rexrag.agent.codec import HFCodec
+from rexrag.agent.episode import Codec, Episode
+from rexrag.agent.prompts import cue_pool
+from rexrag.config.schema import Config, DataConfig
+from rexrag.data.questions import draw_questions, load_questions, questions_digest
+from rexrag.data.world.generator import World
+from rexrag.engine.base import Learner, Policy
+from rexrag.errors import ConfigError
+from rexrag.method.cues import CueTrie
+from rexrag.retrieval import check_service, make_retriever
+from rexrag.retrieval.base import Retriever
+from rexrag.types import Document, Question
+
+FRESH_WORLD = 1_000_003
+"""Distance of a fresh world's seed from that of the world trained in."""
+LONGEST = 200
+"""How many of the longest questions are tokenised before a run starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Questions to train on and to evaluate with, and the corpus (documents, or the path of a file)."""
+
+    train: list[Question]
+    dev: list[Question]
+    corpus: Sequence[Document] | str
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    policy: Policy
+    learner: Learner
+    learner_policy: Policy
+    """Scores with the learner's own weights; the policy itself where they are the same."""
+    retriever: Retriever
+    data: Data
+    trie: CueTrie | None
+    start: Callable[[], Policy] | None = None
+    """Loads the weights that the run starts from, for diagnostics."""
+    fresh: Data | None = None
+    """Questions (`dev`) and corpus of a second fictional world."""
+    save_tokenizer: Callable[[Path], object] = lambda folder: None
+    """Writes the tokenizer beside the learner's weights, so that a checkpoint is a model folder."""
+    model: str = ""
+    """Digest of the weights that the run starts from, and that a KL looks back to."""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What a checkpoint is bound to."""
+        return {
+            "train": questions_digest(self.data.train),
+            "dev": questions_digest(self.data.dev),
+            "retriever": self.retriever.digest,
+            "cues": "none" if self.trie is None else self.trie.digest,
+            **({"model": self.model} if self.model else {}),
+        }
+
+
+def build(config: Config) -> Setup:
+    """Load everything a run needs, before anything is written. Raises RexragError with one line."""
+    from rexrag.engine.loading import identity, load_engine, load_policy, resolve
+    from rexrag.engine.sampling.policy import LocalPolicy
+
+    data = load_data(config.data)
+    retriever = make_retriever(config.retriever, data.corpus)
+    if config.retriever.kind == "remote":
+        check_service(config.retriever)
+    policy, learner = load_engine(config)
+    check_window(policy, config)
+    check_prompts(data, policy.codec, config)
+    own = policy
+    if learner.mirror is not None or learner.autocast:  # the numbers that the learner's ratios start from
+        own = LocalPolicy(learner.model, policy.codec, autocast=learner.autocast)
+    cues = load_cues(config, policy.codec)
+    codec = policy.codec
+    assert isinstance(codec, HFCodec)
+    return Setup(
+        policy,
+        learner,
+        own,
+        retriever,
+        data,
+        cues,
+        start=lambda: load_policy(config.policy.model_copy(update={"dtype": "float32"})),
+        fresh=fresh_world(config.data),
+        save_tokenizer=codec.tokenizer.save_pretrained,
+        model=hashlib.sha256("\n".join(identity(resolve(config.policy.path))).encode()).hexdigest(),
+    )
+
+
+def check_window(policy: Policy, config: Config) -> None:
+    """Has the model positions for whole rollouts? Raises ConfigError."""
+    window = getattr(policy, "window", None)
+    if window is not None and config.agent.total_tokens > window:
+        given = f"agent.total_tokens = {config.agent.total_tokens}"
+        raise ConfigError(f"{given}: {config.policy.path} reads {window} tokens at most; set fewer")
+
+
+def check_prompts(data: Data, codec: Codec, config: Config) -> None:
+    """Do the longest questions fit the window? Raises DataError naming the one that does not."""
+    # By bytes: a token of any vocabulary is a byte at least, and an emoji can be many.
+    longest = sorted([*data.train, *data.dev], key=lambda question: len(question.text.encode()))[-LONGEST:]
+    for question in longest:
+        Episode(question, codec, config.agent, config.retriever.topk)
+
+
+def load_data(config: DataConfig) -> Data:
+    """Files where they are named, else the embedded world. Raises ConfigError, DataError."""
+    if not config.train:
+        if config.corpus or config.dev:
+            raise ConfigError(
+                "data.train is empty; give questions to train on, or leave corpus and dev empty too"
+            )
+        world = World(config.world_seed, config.world_people)
+        return Data(
+            world.questions("train", config.world_questions),
+            world.questions("held-out", config.dev_limit),
+            world.documents,
+        )
+    dev = load_questions(config.dev, split="dev") if config.dev else []
+    # Drawn, not the first: a file of several sets in turn would be judged by its first set alone.
+    return Data(load_questions(config.train), draw_questions(dev, config.dev_limit), config.corpus)
+
+
+def fresh_world(config: DataConfig) -> Data | None:
+    """A second world of the same size, where `data.fresh_questions` asks for one. Raises ConfigError."""
+    if not config.fresh_questions:
+        return None
+    if config.train:
+        raise ConfigError("data.fresh_questions: only the embedded world can be made anew; set it to 0")
+    world = World(config.world_seed + FRESH_WORLD, config.world_people)
+    return Data([], world.questions("held-out", config.fresh_questions), world.documents)
+
+
+def load_cues(config: Config, codec: Codec) -> CueTrie | None:
+    """The configured cue pool as token ids; None for `none`. Raises ConfigError, CueError."""
+    if config.method.cues == "none":
+        return None
+    return CueTrie([codec.encode(cue) for cue in cue_pool(config.method.cues)])
