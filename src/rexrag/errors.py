@@ -2,6 +2,7 @@
 
 RexragError                      catch this to catch them all
 ├── ConfigError      (ValueError)       a config file, an override or an argument
+├── PluginError      (ValueError)       a plug-in that cannot be imported, or returns what it must not
 ├── DataError        (ValueError)       a question, corpus or trace file; names file, row and field
 ├── ModelError       (ValueError)       a model folder or tokenizer that cannot be used
 ├── IndexFolderError (ValueError)       an index that is missing, damaged or built for something else
@@ -32,6 +33,10 @@ class RexragError(Exception):
 
 class ConfigError(RexragError, ValueError):
     """A config file, an override or an argument is wrong."""
+
+
+class PluginError(RexragError, ValueError):
+    """A plug-in cannot be imported, takes other arguments, or returned something unusable."""
 
 
 class DataError(RexragError, ValueError):

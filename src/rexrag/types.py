@@ -1,6 +1,6 @@
 """The records that flow through rexrag, and the words for them.
 
-    questions → rollouts → dead ends → probes → filter → densities → loss → update → run folder → report
+    questions → RolloutGroup (rollouts → dead ends → probes → kept) → rows → Samples → update → run folder
 
 Positions are always indices into a *response* (`Rollout.tokens`), never into prompt + response.
 Shape suffixes used on tensors throughout: B rows, T response tokens, K probes, G rollouts of a group,
@@ -42,13 +42,9 @@ class DeadEnd(StrEnum):
     """What went wrong in a rollout that is worth probing (METHOD §2)."""
 
     WRONG = "wrong"
-    """It answered, and the answer is not the gold one."""
+    """It answered, and the answer is not correct."""
     UNANSWERED = "unanswered"
     """It never answered."""
-    NO_EVIDENCE = "no-evidence"
-    """It answered wrongly without having searched."""
-    REPEATED_SEARCH = "repeated-search"
-    """It answered wrongly after asking the same query twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +107,7 @@ class Rollout:
     """One finished response with an origin and a log-probability for each token.
 
     `logps` are log π_old of POLICY and CUE tokens as the sampler saw them (natural log, temperature
-    applied), 0.0 for EVIDENCE and NOTICE. A probe has `parent` (index of the base rollout in its step),
-    `cut` (index of its first cue token), `cue` (index in the pool; None when it only continues) and
-    `cue_length`.
+    applied), 0.0 for EVIDENCE and NOTICE.
     """
 
     question: Question
@@ -127,17 +121,11 @@ class Rollout:
     reward: float
     em: float = 0.0
     """Exact match of the answer, whatever the reward is made of."""
+    correct: bool = False
+    """The verdict of the judge of answers, exact match by default."""
     text: str = ""
     forced_last_turn: bool = False
     """The rollout ended in the extra turn in which a search is not run."""
-    parent: int | None = None
-    cut: int | None = None
-    cue: int | None = None
-    cue_length: int = 0
-
-    @property
-    def is_probe(self) -> bool:
-        return self.cut is not None
 
     @property
     def answer_start(self) -> int | None:
@@ -149,6 +137,46 @@ class Rollout:
         return self.origins.count(int(origin))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Probe:
+    """A base rollout cut before its answer and continued by the same policy, after a cue or without one.
+
+    `cut` is the index of the first cue token in `rollout`; `cue` the cue's index in its pool, None where the
+    probe only continues; `score` what the filter ranks by; `kept` whether it is trained.
+    """
+
+    rollout: Rollout
+    parent: Rollout
+    cut: int
+    cue: int | None = None
+    cue_length: int = 0
+    score: float = 0.0
+    kept: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RolloutGroup:
+    """One question of a step: its base rollouts, and the probes of those that were dead ends."""
+
+    question: Question
+    rollouts: tuple[Rollout, ...]
+    probes: tuple[Probe, ...] = ()
+
+    @property
+    def kept(self) -> tuple[Probe, ...]:
+        return tuple(probe for probe in self.probes if probe.kept)
+
+    @property
+    def trained(self) -> tuple[Rollout, ...]:
+        """Base rollouts, then kept probes."""
+        return (*self.rollouts, *(probe.rollout for probe in self.kept))
+
+    @property
+    def has_signal(self) -> bool:
+        """Do the trained rollouts differ in reward? Otherwise every advantage is 0."""
+        return len({rollout.reward for rollout in self.trained}) > 1
+
+
 def searches_run(turns: Sequence[Turn], forced_last_turn: bool) -> int:
     """How many searches of a rollout were run: one in the forced last turn is not."""
     return sum(turn.action == "search" for turn in (turns[:-1] if forced_last_turn else turns))
@@ -158,7 +186,7 @@ def searches_run(turns: Sequence[Turn], forced_last_turn: bool) -> int:
 class Sample:
     """One training row: a response and its aligned per-token streams. Engines execute it blindly.
 
-    Worked example, a probe cut after two tokens (`paper`, cue_loss "all"):
+    Worked example, a probe cut after two tokens (`rex-rag`, cue_loss "all"):
 
         tokens          hmm   </think>  <think>  wait   search…  <info>…  answer
         origin          POL   POL       CUE      CUE    POL      EVI      POL
@@ -167,7 +195,7 @@ class Sample:
         weight          1     1         1        1      1        1        1
         truncated       0     0         0        0      0        0        0
 
-    `weight` multiplies the token's surrogate (a trajectory weight, or the sampler-mismatch weight).
+    `weight` multiplies the token's surrogate (the weight for the sampler's numerics).
     `truncated` marks tokens trained with min(cap, ratio)·log π instead of the clipped ratio.
     """
 
@@ -182,7 +210,46 @@ class Sample:
     """Empty means False for every token."""
     segment: tuple[int, ...] = ()
     """`Segment` of each token, for diagnostics only."""
-    group: int = 0
+    policy_logp: tuple[float, ...] = ()
+    """log π_old of each token, for diagnostics only."""
+    source: Rollout | None = None
+    """The rollout that this row was made of, for diagnostics only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Figures of a step that its groups do not show. seconds: of each phase."""
+
+    alpha: float
+    """Share of kept probes among the trained rows."""
+    failure_rate: float
+    """z, the share of wrong base rollouts."""
+    ess: float
+    """Effective sample size of the trained tokens, as a share of their number."""
+    scored_tokens: int
+    """Read by the model once more, to score rows."""
+    seconds: dict[str, float]
+    generated_tokens: int = 0
+    prefilled_tokens: int = 0
+    """Read by the sampling model: prompts, evidence, cues, and rows that are scored again."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """A step: what was drawn, by question, and the rows to train on (base rollouts, then kept probes)."""
+
+    groups: tuple[RolloutGroup, ...]
+    samples: list[Sample]
+    statistics: Statistics
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """All base rollouts."""
+        return [rollout for group in self.groups for rollout in group.rollouts]
+
+    @property
+    def probes(self) -> list[Probe]:
+        return [probe for group in self.groups for probe in group.probes]
 
 
 class Segment(IntEnum):

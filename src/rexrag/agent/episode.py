@@ -31,10 +31,10 @@ from rexrag.agent.protocols.tags import (
     parse_action,
     render_evidence,
 )
-from rexrag.agent.reward import exact_match, rollout_reward
+from rexrag.agent.scoring import Scoring
 from rexrag.config.schema import AgentConfig
 from rexrag.errors import ConfigError, DataError
-from rexrag.types import Document, Origin, Question, Rollout, StopReason, Turn
+from rexrag.types import Document, Origin, Probe, Question, Rollout, StopReason, Turn
 
 POLICY = int(Origin.POLICY)
 
@@ -116,9 +116,12 @@ class Episode:
         config: AgentConfig,
         topk: int = 3,
         message: str | None = None,
+        scoring: Scoring | None = None,
     ) -> None:
-        """`message` replaces the user message that `config.template` makes of the question."""
+        """message: replaces the user message that `config.template` makes of the question. scoring: reward
+        and judge of answers, None for those that `config` names."""
         self.question, self.codec, self.config, self.topk = question, codec, config, topk
+        self.scoring = scoring or Scoring.of(config)
         self._stops = _tables(codec)
         if config.evidence_tokens < self._stops.frame:
             raise ConfigError(
@@ -144,7 +147,6 @@ class Episode:
         self.stop: StopReason | None = None
         self.answer: str | None = None
         self.parent: Episode | None = None
-        self.parent_index: int | None = None
         self.cut: int | None = None
         self.cue: int | None = None
         self.cue_length = 0
@@ -201,7 +203,7 @@ class Episode:
         """End this rollout without a result: its engine cannot go on. `rollout()` raises then."""
         self.failure, self.state = reason, State.DONE
 
-    def fork(self, cue: Sequence[int], cue_index: int | None, parent_index: int) -> Episode:
+    def fork(self, cue: Sequence[int], cue_index: int | None = None) -> Episode:
         """A probe of this finished rollout: its tokens up to the cut, then `cue` as forced CUE tokens.
 
         The cut is before the `<answer>` tag; in an unanswered rollout, before the action its last turn was
@@ -220,7 +222,7 @@ class Episode:
         probe.tokens, probe.origins, probe.logps = self.tokens[:cut], self.origins[:cut], self.logps[:cut]
         probe.turns = self.turns[:-1]
         probe.stop = probe.answer = None
-        probe.parent, probe.parent_index, probe.cut = self, parent_index, cut
+        probe.parent, probe.cut = self, cut
         probe.cue, probe.cue_length, probe.encoded_anew = None, 0, 0
         probe._turn_start = last.start
         probe._turn_used = self.origins[last.start : cut].count(POLICY)
@@ -234,8 +236,7 @@ class Episode:
         """The finished rollout with its answer and reward (state DONE)."""
         if self.stop is None:
             raise RuntimeError(self.failure or f"the rollout is not finished: state '{self.state}'")
-        text = self.codec.decode(self.tokens)
-        return Rollout(
+        rollout = Rollout(
             question=self.question,
             prompt=self.prompt,
             tokens=tuple(self.tokens),
@@ -244,15 +245,17 @@ class Episode:
             turns=tuple(self.turns),
             stop=self.stop,
             answer=self.answer,
-            reward=rollout_reward(self.answer, text, self.question.answers, self.config),
-            em=0.0 if self.answer is None else exact_match(self.answer, self.question.answers),
-            text=text,
+            reward=0.0,
+            text=self.codec.decode(self.tokens),
             forced_last_turn=len(self.turns) > self.config.search_turns,
-            parent=self.parent_index,
-            cut=self.cut,
-            cue=self.cue,
-            cue_length=self.cue_length,
         )
+        return self.scoring.scored(rollout)
+
+    def probe(self, parent: Rollout) -> Probe:
+        """The finished probe that this fork became. parent: the rollout it was forked from."""
+        if self.cut is None:
+            raise RuntimeError("this episode is no fork of another")
+        return Probe(self.rollout(), parent, self.cut, self.cue, self.cue_length)
 
     # -- turns ---------------------------------------------------------------------------------------------
 

@@ -176,7 +176,7 @@ def cue_pool(name: str) -> tuple[str, ...]:
     Raises ConfigError for an unknown name, naming the nearest known one; DataError for a wrong line.
     """
     if not name.endswith(".txt"):
-        return _lookup(CUE_POOLS, name, "method.cues")
+        return _lookup(CUE_POOLS, name, "agent.cues")
     cues = tuple(_own_cue(name, row, line) for row, line in read_lines(name))
     if not cues:
         raise DataError("no cue here; expected one doubt a line", file=name)

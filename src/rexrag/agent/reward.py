@@ -1,4 +1,4 @@
-"""What a finished rollout is worth (METHOD §1)."""
+"""Scores of an answer against gold answers (METHOD §1)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from rexrag.agent.protocols.tags import well_formed
-from rexrag.config.schema import AgentConfig
 
 _VERDICTS = frozenset({"yes", "no", "noanswer"})
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -80,18 +77,6 @@ def has_answer(text: str, answers: Sequence[str]) -> bool:
     """
     words = f" {normalize_answer(text)} "
     return any(f" {gold} " in words for gold in evidence_answers(answers))
-
-
-def rollout_reward(answer: str | None, response: str, answers: Sequence[str], config: AgentConfig) -> float:
-    """Reward of a finished rollout, in [0, 1].
-
-    `config.reward` (EM or F1) of its answer, 0 where it never answered. Where that is 0,
-    `config.format_reward` if its response is well-formed.
-    """
-    score = 0.0 if answer is None else (exact_match if config.reward == "em" else f1)(answer, answers)
-    if score == 0.0 and config.format_reward > 0.0 and well_formed(response):
-        return config.format_reward
-    return score
 
 
 def _token_f1(prediction: str, answer: str) -> float:

@@ -263,15 +263,11 @@ def diagnostics_table(result: dict[str, Any]) -> Table:
 
 
 def dry_run_tables(facts: dict[str, Any]) -> Iterable[Table | str]:
-    """What `rexrag train --dry-run` found: verl's keys, memory, a step, and what stands in the way."""
+    """What `rexrag train --dry-run` found: verl's keys, memory, and what stands in the way."""
     keys = [(key, json.dumps(value)) for key, value in sorted(facts["verl"].items())]
     yield table("What rexrag sets in verl's configuration", ("key", "value"), keys, words=True)
     memory = [(name, f"{value:.1f}") for name, value in facts["memory_gib"].items()]
     yield table("Memory of one GPU, estimated", ("part", "GiB"), memory)
-    counts = [(name, f"{value:,.0f}") for name, value in facts["step"].items()]
-    yield table("One step, estimated", ("what", "count"), counts)
-    seconds = [(name, f"{value:,.1f}") for name, value in facts["seconds"].items()]
-    yield table("Time of one step, estimated from stated assumptions; not measured", ("phase", "s"), seconds)
     for note in facts["notes"]:
         yield escape(note)
 

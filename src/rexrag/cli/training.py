@@ -21,7 +21,8 @@ ConfigArgument = Annotated[
     str | None, typer.Argument(help="A TOML file or the name of a shipped config; none: the quickstart.")
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. --set method.kl=0.001")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. --set algorithm.kl=0.001"),
 ]
 Part = tuple[str, Config, Path]
 """Label, settings and folder of one of the runs of a command: the run itself, or its control."""
@@ -44,7 +45,14 @@ def register(app: typer.Typer) -> None:
 def train(
     config: ConfigArgument = None,
     override: SetOption = None,
-    arm: Annotated[str, typer.Option(help="Lay this arm over the config, e.g. grpo.")] = "",
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            "--algorithm",
+            "--arm",
+            help="grpo, dapo, rex-rag, rex-rag-distill; a shipped ablation; or a TOML file.",
+        ),
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
@@ -75,10 +83,10 @@ def train(
                 f"--resume goes on with {out / 'config.toml'}, not {config}; change it with --set"
             )
         check_resumable(out)
-        settings = presets.resolve(out / "config.toml", arm, overrides)
+        settings = presets.resolve(out / "config.toml", algorithm, overrides)
         control = _kept_control(settings, out, overrides)
     else:
-        settings = presets.resolve(config, arm or ("" if config else presets.DEFAULT_ARM), overrides)
+        settings = presets.resolve(config, algorithm, overrides)
         settings, control = _control(config, settings, overrides)
     if dry_run:
         _show_dry_run(settings, as_json)
@@ -86,7 +94,7 @@ def train(
     folder = out or free_folder(settings.name)
     console = stdout()
     console.quiet = as_json
-    parts = [(settings.arm or settings.name, settings, folder)]
+    parts = [(settings.label, settings, folder)]
     if control is not None:
         parts.append((settings.train.control, control, folder / CONTROL))
     summaries = _run_parts(parts, resume, console)
@@ -151,7 +159,9 @@ def _run_parts(parts: list[Part], resume: bool, console: Console) -> list[Summar
 
 def compare(
     config: ConfigArgument = None,
-    arms: Annotated[str, typer.Option(help="Arms, the control first.")] = "grpo,rex-rag-rescue,rex-rag",
+    arms: Annotated[
+        str, typer.Option(help="Algorithms, ablations or TOML files; the control first.")
+    ] = "grpo,rex-rag-distill,rex-rag",
     seeds: Annotated[int, typer.Option(help="How many seeds, counted from --first-seed.")] = 6,
     first_seed: Annotated[int, typer.Option(help="The first seed.")] = 1,
     budget: Annotated[
@@ -173,7 +183,7 @@ def compare(
 
     \b
     Examples:
-      rexrag compare --arms grpo,rex-rag-rescue --seeds 10 --budget tokens --amount 200000
+      rexrag compare --arms grpo,rex-rag-distill --seeds 10 --budget tokens --amount 200000
       rexrag compare my.toml --arms grpo,my-arm.toml --budget time --amount 600
     """
     from rexrag.cli.display import comparison_table, diagnostics_table, stdout, table

@@ -14,19 +14,24 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from rexrag.config.algorithms import ALGORITHMS, DEFAULT_ALGORITHM
 from rexrag.config.schema import OPEN_TABLE, Config
+from rexrag.config.upgrade import lay_over, upgrade, upgrade_key
 from rexrag.errors import ConfigError
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), strict: bool = True) -> Config:
     """Read a TOML file (None: all defaults) and apply `a.b=value` overrides in order.
 
-    Raises ConfigError with one line that names the file or override, the key and what was expected.
+    Not strict reads a run that is over: a setting that is gone is dropped. Raises ConfigError with one line
+    that names the file or override, the key and what was expected.
     """
-    return parse_config(read_toml(path) if path is not None else {}, overrides, where=str(path or "defaults"))
+    tree = read_toml(path) if path is not None else {}
+    return parse_config(tree, overrides, where=str(path or "defaults"), strict=strict)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
+    """The table in a TOML file. Raises ConfigError."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -35,32 +40,29 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
 
 
-def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Config:
-    """Validate a parsed tree. Raises ConfigError."""
+def parse_config(
+    tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config", strict: bool = True
+) -> Config:
+    """Validate a parsed tree of this version or of 0.1.0. Raises ConfigError."""
     try:
-        merged = json.loads(json.dumps(tree))
+        plain = json.loads(json.dumps(tree))
     except TypeError as error:  # a date: TOML has them, no setting is one
         raise ConfigError(f"{where}: {error}; put it in quotes") from None
-    _refuse_unknown(merged, Config, where)
+    merged = upgrade(plain, where, strict)
     for override in overrides:
-        _apply(merged, override)
+        merged = _apply(merged, override)
+    if isinstance(merged.get("algorithm"), dict):
+        merged["algorithm"].setdefault("name", DEFAULT_ALGORITHM)
+    _refuse_unknown(merged, Config, where)
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        place = [str(part) for part in first["loc"]]
+        if place[:1] == ["algorithm"] and place[1:2] and place[1] in ALGORITHMS:
+            del place[1]  # pydantic names the member of the union
+        key = ".".join(place)
         raise ConfigError(f"{where}: {key or 'config'} = {first['input']!r}: {first['msg']}") from None
-
-
-def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`; tables merge, anything else replaces."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            value = deep_merge(old, value)
-        merged[key] = value
-    return merged
 
 
 def dump_toml(config: Config) -> str:
@@ -85,16 +87,27 @@ def _toml_key(key: str) -> str:
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the tree."""
+    """Every dotted key of the tree; of `algorithm`, those of every algorithm."""
     for name, info in model.model_fields.items():
         kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if name == "algorithm" and model is Config:
+            leaves = {leaf for algorithm in ALGORITHMS.values() for leaf in algorithm.model_fields}
+            yield from (f"algorithm.{leaf}" for leaf in sorted(leaves))
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from known_keys(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 
 
-def _nearest(key: str) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of an error message: "; did you mean …?", or all known names where they are few."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if len(known) < 30 else ""
+
+
+def _nearest_key(key: str) -> str:
     known = list(known_keys())
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
@@ -105,28 +118,48 @@ def _nearest(key: str) -> str:
 def _refuse_unknown(tree: Mapping[str, Any], model: type[BaseModel], where: str, prefix: str = "") -> None:
     for key, value in tree.items():
         if key not in model.model_fields:
-            raise ConfigError(f"{where}: unknown key '{prefix}{key}'{_nearest(prefix + key)}")
+            raise ConfigError(f"{where}: unknown key '{prefix}{key}'{_nearest_key(prefix + key)}")
         kind = model.model_fields[key].annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        is_algorithm = model is Config and key == "algorithm"
+        if is_algorithm or (isinstance(kind, type) and issubclass(kind, BaseModel)):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: '{prefix}{key}' is a table, got {value!r}")
-            _refuse_unknown(value, kind, where, f"{prefix}{key}.")
+            if is_algorithm:
+                _refuse_foreign(value, where)
+            elif isinstance(kind, type) and issubclass(kind, BaseModel):
+                _refuse_unknown(value, kind, where, f"{prefix}{key}.")
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _refuse_foreign(table: Mapping[str, Any], where: str) -> None:
+    """An `[algorithm]` table with an unknown name, or with a key that this algorithm does not have."""
+    name = table["name"]
+    if name not in ALGORITHMS:
+        raise ConfigError(f"{where}: algorithm.name = {name!r}: unknown{nearest(str(name), [*ALGORITHMS])}")
+    known = ALGORITHMS[name].model_fields
+    for key in table:
+        if key not in known:
+            having = [other for other, kind in ALGORITHMS.items() if key in kind.model_fields]
+            whose = f"{', '.join(having)} has it" if having else f"unknown{nearest(key, list(known))}"
+            raise ConfigError(f"{where}: algorithm '{name}' has no key '{key}': {whose.lstrip()}")
+
+
+def _apply(tree: dict[str, Any], override: str) -> dict[str, Any]:
     key, eq, raw = override.partition("=")
     key = key.strip()
     if not eq or not key:
-        raise ConfigError(f"--set {override}: expected key=value, for example method.kl=0.001")
+        raise ConfigError(f"--set {override}: expected key=value, for example algorithm.kl=0.001")
+    try:
+        value = tomllib.loads(f"v = {raw.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    key, value = upgrade_key(key, value)
     if key.startswith(f"verl.{OPEN_TABLE}."):
         parents, leaf = ["verl", OPEN_TABLE], key.removeprefix(f"verl.{OPEN_TABLE}.")
     elif key in set(known_keys()):
         *parents, leaf = key.split(".")
     else:
-        raise ConfigError(f"--set {override}: unknown key '{key}'{_nearest(key)}")
-    for part in parents:
-        tree = tree.setdefault(part, {})
-    try:
-        tree[leaf] = tomllib.loads(f"v = {raw.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
-        tree[leaf] = raw.strip()
+        raise ConfigError(f"--set {override}: unknown key '{key}'{_nearest_key(key)}")
+    over: dict[str, Any] = {leaf: value}
+    for part in reversed(parents):
+        over = {part: over}
+    return lay_over(tree, over)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rexrag.types import DeadEnd
+from rexrag.config.algorithms import Algorithm, RexRagDistill
 
 OPEN_TABLE = "overrides"
 """The one table, of `verl`, whose keys are not ours."""
@@ -40,9 +40,9 @@ class Model(BaseModel):
 class PolicyConfig(Model):
     """Which weights, and which of them train."""
 
-    path: str = "embedded"
-    """A Hugging Face id or folder, or a start shipped in the package: `embedded` (the hard one),
-    `embedded-middle`, `embedded-easy`."""
+    path: str = "tiny-hard"
+    """A Hugging Face id or folder, or a checkpoint shipped in the package: `tiny-hard`, `tiny-middle`,
+    `tiny-easy`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the sampler's weights; the learner keeps float32 master weights."""
     autocast: bool = False
@@ -75,7 +75,9 @@ class DataConfig(Model):
 class RetrieverConfig(Model):
     """Who answers a search."""
 
-    kind: Literal["bm25", "bm25-disk", "bm25-fast", "dense", "hybrid", "remote"] = "bm25"
+    kind: Literal["bm25", "bm25-disk", "bm25-fast", "dense", "hybrid", "remote", "plugin"] = "bm25"
+    plugin: str = ""
+    """For `plugin`: "my_package.module:name" of a retriever, or of a function () -> retriever."""
     url: str = ""
     """Address of a Search-R1 `/retrieve` service, for `remote`."""
     index: str = ""
@@ -100,83 +102,16 @@ class AgentConfig(Model):
     total_tokens: Count = 4096
     """Prompt + response."""
     temperature: Positive = 1.0
-    reward: Literal["em", "f1"] = "em"
-    format_reward: Unit = 0.0
-    """Given to a wrong rollout whose tags are well-formed."""
-
-
-class MethodConfig(Model):
-    """Every switch of the method. METHOD names in brackets."""
-
-    rollouts: Count = 5
-    """N base rollouts a question."""
-    probe: bool = True
-    """False is plain GRPO."""
-    probe_probability: Unit = 0.2
-    """p: chance that a dead end is probed."""
-    probe_target: Unit = 0.0
-    """Above 0: p falls in proportion once fewer of the recent probes than this are right."""
-    dead_ends: tuple[DeadEnd, ...] = (DeadEnd.WRONG,)
-    probe_forced_turn: bool = False
-    """Probe answers given in the forced last turn too."""
-    probe_groups: Literal["all", "all-wrong"] = "all"
-    """Probe every group's dead ends, or only where no rollout of the group was right."""
-    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
-    """DAPO: ask up to this many more batches of questions until as many groups as a step has questions
-    differ in reward, and train on those only; 0 trains on what was drawn."""
     cues: str = "default"
-    """Name of a cue pool; your own, a text file (`doubts.txt`) with one a line; or `none`: cut and continue
+    """Cue pool of probes: a name; your own, a text file (`doubts.txt`) with one cue a line; or `none`: go on
     without a cue."""
-
-    filter: Literal["cue-logp", "none", "random", "right"] = "cue-logp"
-    """What is kept: the most plausible cues, all, any, right probes first, or right probes alone."""
-    keep_per_group: Annotated[int, Field(ge=0)] = 0
-    """At most this many kept probes of one question; 0 is no limit."""
-    keep: Literal["fixed", "adaptive"] = "fixed"
-    keep_ratio: Unit = 0.08
-    """ρ: kept probes per base rollout; the cap when adaptive."""
-    keep_floor: Unit = 0.02
-    """Adaptive ρ never falls below this."""
-    keep_momentum: Unit = 0.1
-
-    realignment: Literal["paper", "trajectory", "internalize", "none"] = "paper"
-    cue_density: Literal["fine", "coarse"] = "fine"
-    tail: Literal["one", "truncated", "unclipped"] = "one"
-    """internalize: weight of the spliced continuation. one: that of any token, clipped. truncated: its ratio
-    to the density that wrote it, after the cue, at most `tail_cap`. unclipped: 1, also where the policy has
-    moved towards it since the rollout (and its ratio, at most `tail_cap` = 1, where it moved away): the
-    decision to go on is too rare for a clip of 20 % a step."""
-    tail_cap: Positive = 1.0
-    cue_loss: Literal["all", "first", "none"] = "all"
-    prefix_loss: Literal["all", "none"] = "all"
-    """none: what a probe took over from its base rollout (o′) is trained in the base rollout's row alone, and
-    gets no credit for how the probe went on."""
-    alpha: Literal["batch", "group"] = "batch"
-    failure_rate: Literal["batch", "question"] = "batch"
-    allow_large_alpha: bool = False
-    """Go on when alpha is so large that every positive base token is clipped at once."""
-
-    advantage_scale: Literal["std", "none"] = "std"
-    advantage_baseline: Literal["mean", "leave-one-out"] = "mean"
-    clip_low: Unit = 0.2
-    clip_high: Positive = 0.2
-    aggregation: Literal["token-mean", "sequence-mean", "sequence-sum"] = "token-mean"
-    kl: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the k3 KL to the reference model in the loss; the paper uses 0.001."""
-    mismatch_cap: Annotated[float, Field(ge=0.0)] = 0.0
-    """Truncation of the separate sampler-mismatch weight; 0 takes the sampler's log-probs as π_old."""
-
-    @model_validator(mode="after")
-    def _check(self) -> MethodConfig:
-        if self.keep == "adaptive" and self.keep_floor > self.keep_ratio:
-            raise ValueError(f"keep_floor {self.keep_floor} is above keep_ratio {self.keep_ratio}")
-        if self.realignment == "trajectory" and self.cues == "none" and self.probe:
-            raise ValueError("realignment 'trajectory' needs cues: a continuation without one has no density")
-        if self.mismatch_cap and self.realignment == "internalize" and self.tail == "truncated":
-            raise ValueError(
-                "mismatch_cap and a truncated internalized tail would correct the same tokens twice"
-            )
-        return self
+    reward: str = "em"
+    """`em`, `f1`, or a plug-in "my_package.module:function", (Rollout) -> float."""
+    answer_judge: str = "em"
+    """Who says that an answer is correct: `em` (exact match), or a plug-in "my_package.module:function",
+    (answer, Question) -> bool."""
+    protocol: str = "tags"
+    """How the agent asks, is told and answers: `tags`, or a plug-in "my_package.module:Protocol"."""
 
 
 class LearnerConfig(Model):
@@ -213,7 +148,9 @@ class TrainConfig(Model):
     log_rollouts: Annotated[int, Field(ge=0)] = 32
     """Rollouts written per step; probes and their parents first."""
     control: str = ""
-    """A second arm trained from the same start and shown beside the first, e.g. `grpo`."""
+    """A second algorithm trained from the same initial checkpoint and shown beside the first, e.g. `grpo`."""
+    callbacks: tuple[str, ...] = ()
+    """Plug-ins "my_package.module:name" that are told of a run's events (see `training.loop.Callback`)."""
     track: tuple[Tracker, ...] = ()
     """Loggers that get the run's numbers too, for example ["tensorboard"]; `pip install -e '.[track]'`."""
     threads: Annotated[int, Field(ge=0)] = 0
@@ -243,10 +180,6 @@ class VerlConfig(Model):
     gpus_per_node: Count = 8
     gpu_memory: Positive = 80.0
     """GiB of one GPU; the run is refused where the estimate does not fit."""
-    gpu_tflops: Positive = 989.0
-    """Dense bfloat16 peak of one GPU, for the estimated time of a step (989: H100 SXM)."""
-    gpu_bandwidth: Positive = 3350.0
-    """GB/s of one GPU's memory, for the estimated time of a step (3350: H100 SXM)."""
     rollout: Literal["vllm", "sglang"] = "vllm"
     tensor_parallel: Count = 1
     """GPUs that share one copy of the rollout engine."""
@@ -292,15 +225,20 @@ class Config(Model):
 
     name: str = "run"
     arm: str = ""
-    """Name of the preset under `configs/arms` that was laid over this configuration; for the record."""
+    """Label of the run in tables: the arm of a comparison. Empty: the algorithm's name."""
     seed: int = 0
     engine: Literal["local", "verl"] = "local"
     policy: PolicyConfig = PolicyConfig()
     data: DataConfig = DataConfig()
     retriever: RetrieverConfig = RetrieverConfig()
     agent: AgentConfig = AgentConfig()
-    method: MethodConfig = MethodConfig()
+    algorithm: Algorithm = RexRagDistill()
     learner: LearnerConfig = LearnerConfig()
     train: TrainConfig = TrainConfig()
     warmup: WarmupConfig = WarmupConfig()
     verl: VerlConfig = VerlConfig()
+
+    @property
+    def label(self) -> str:
+        """What tables call this run."""
+        return self.arm or self.algorithm.name

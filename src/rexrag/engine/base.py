@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from rexrag.agent.episode import Codec, Episode
-from rexrag.config.schema import MethodConfig
+from rexrag.config.algorithms import Shared
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Sample
 
@@ -58,12 +58,12 @@ class Policy(Protocol):
 class Learner(Protocol):
     """Owns the trainable weights. Sees only Samples: it does not know what a probe is."""
 
-    def update(self, samples: Sequence[Sample], method: MethodConfig, temperature: float) -> dict[str, float]:
+    def update(self, samples: Sequence[Sample], algorithm: Shared, temperature: float) -> dict[str, float]:
         """One step of training: `minibatches` optimizer updates; returns its metrics by name."""
         ...
 
     def gradient_norms(
-        self, samples: Sequence[Sample], method: MethodConfig, temperature: float
+        self, samples: Sequence[Sample], algorithm: Shared, temperature: float
     ) -> dict[str, float]:
         """L2 norm of the policy gradient that each `Segment` alone would give, by name; updates nothing."""
         ...

@@ -34,7 +34,14 @@ from rexrag.engine.sampling.policy import LocalPolicy
 from rexrag.errors import ConfigError, ModelError
 from rexrag.io import sha256_file
 
-EMBEDDED = {"embedded": "hard", "embedded-middle": "middle", "embedded-easy": "easy"}
+EMBEDDED = {
+    "tiny-hard": "hard",
+    "tiny-middle": "middle",
+    "tiny-easy": "easy",
+    "embedded": "hard",
+    "embedded-middle": "middle",
+    "embedded-easy": "easy",
+}
 """Starts shipped in the package: name in the configuration -> folder in `rexrag/data/world/checkpoints`."""
 REACH_SECONDS = 10.0
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -78,7 +85,7 @@ def load_engine(config: Config) -> tuple[LocalPolicy, LocalLearner]:
         config.learner,
         seed=config.seed,
         autocast=policy.autocast,
-        reference=config.method.kl > 0,
+        reference=config.algorithm.kl > 0,
         mirror=mirror,
     )
     return LocalPolicy(model if mirror is None else mirror, codec), learner

@@ -111,7 +111,7 @@ def make_plan(policy: PolicySource, config: Config, choices: Choices, out: Path)
                 "temperature": temperature,
                 "seed": choices.seed if temperature or strategy == "reflect" else 0,
                 "retriever": "none" if strategy in CLOSED_BOOK else retriever.digest,
-                "cues": pool_digest(cue_pool(config.method.cues)) if strategy == "reflect" else "",
+                "cues": pool_digest(cue_pool(config.agent.cues)) if strategy == "reflect" else "",
             }
             cells.append(Cell(chosen, strategy, choices.votes, temperature, settings))
     return Plan(out, policy, config, retriever, corpus, tuple(cells), choices.seed)
@@ -144,8 +144,8 @@ def _settings(policy: PolicySource, config: Config, choices: Choices) -> dict[st
 
 def _question_sets(config: Config, choices: Choices) -> tuple[list[QuestionSet], bool]:
     """The sets, sampled; and whether they are the embedded world's."""
-    if "reflect" in choices.strategies and config.method.cues == "none":
-        raise ConfigError("--strategy reflect needs cues: --set method.cues=default")
+    if "reflect" in choices.strategies and config.agent.cues == "none":
+        raise ConfigError("--strategy reflect needs cues: --set agent.cues=default")
     if choices.data:
         several = len(choices.data) > 1  # then each source need not hold every set that is asked for
         whole = [one for source in choices.data for one in load_sets(source, choices.sets, partly=several)]

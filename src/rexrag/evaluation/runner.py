@@ -105,7 +105,7 @@ class _Runner:
         policy = self.plan.policy.load()
         _check_prompts(self.plan, policy)
         for cell, questions in missing:
-            cues = cue_pool(config.method.cues) if cell.strategy == "reflect" else ()
+            cues = cue_pool(config.agent.cues) if cell.strategy == "reflect" else ()
             bench = Bench(
                 policy, self.plan.retriever, config, cell.temperature, cues=cues, cue_seed=self.plan.seed
             )

@@ -138,7 +138,7 @@ def reflect(bench: Bench, questions: Sequence[Question]) -> list[Attempt]:
         for i, episode in enumerate(first):
             if episode.answer is not None and len(episode.turns) <= bench.config.agent.search_turns:
                 cue = _drawn(bench, questions[i])
-                probe = episode.fork(bench.policy.codec.encode(bench.cues[cue]), cue, i)
+                probe = episode.fork(bench.policy.codec.encode(bench.cues[cue]), cue)
                 assert isinstance(probe, WatchedEpisode)
                 again[i] = probe
         bench.run(again.values(), 1, session)

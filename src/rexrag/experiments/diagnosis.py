@@ -21,6 +21,7 @@ from scipy import stats
 
 from rexrag.agent.episode import Episode, State
 from rexrag.agent.prompts import cue_pool
+from rexrag.config.algorithms import Probing
 from rexrag.config.schema import Config
 from rexrag.engine.base import Policy
 from rexrag.engine.loading import load_policy
@@ -29,11 +30,9 @@ from rexrag.retrieval import make_retriever
 from rexrag.retrieval.base import Retriever
 from rexrag.stats import share
 from rexrag.training.components import check_window, load_data
-from rexrag.types import Question, Rollout
+from rexrag.types import DeadEnd, Probe, Question, Rollout
 
 RESAMPLE, CUE, NEITHER = "resample, no cue", "a cue of the pool", "right answers that survive a cue"
-Pair = tuple[Rollout, Rollout]
-"""(parent, probe)."""
 Figure = dict[str, float]
 
 
@@ -43,8 +42,8 @@ class Observed:
 
     greedy: list[Rollout] = field(default_factory=list)
     sampled: list[Rollout] = field(default_factory=list)
-    probes: dict[str, list[Pair]] = field(default_factory=dict)
-    survivors: list[Pair] = field(default_factory=list)
+    probes: dict[str, list[Probe]] = field(default_factory=dict)
+    survivors: list[Probe] = field(default_factory=list)
     """Right rollouts that were given a cue all the same."""
 
 
@@ -76,9 +75,12 @@ def observe(
     Default: no cue, and the configured pool (where it has one).
     """
     seen = into or Observed()
-    pool = list(cue_pool(config.method.cues)) if config.method.cues != "none" else []
+    pool = list(cue_pool(config.agent.cues)) if config.agent.cues != "none" else []
     variants = cues if cues is not None else {RESAMPLE: [], **({CUE: pool} if pool else {})}
-    agent, topk = config.agent, config.retriever.topk
+    agent, topk, algorithm = config.agent, config.retriever.topk, config.algorithm
+    kinds: tuple[DeadEnd, ...] = (DeadEnd.WRONG,)
+    if isinstance(algorithm, Probing) and algorithm.dead_ends != "judge":
+        kinds = algorithm.dead_ends
 
     def fresh(asked: Sequence[Question]) -> list[Episode]:
         return [Episode(question, policy.codec, agent, topk) for question in asked]
@@ -93,26 +95,20 @@ def observe(
         drawn = [episode.rollout() for episode in sampled]
         seen.sampled += drawn
         both = list(zip(sampled, drawn, strict=True))
-        dead = [
-            (episode, rollout)
-            for episode, rollout in both
-            if is_dead_end(
-                rollout, rollout.em == 1.0, config.method.dead_ends, config.method.probe_forced_turn
-            )
-        ]
-        right = [(episode, rollout) for episode, rollout in both if rollout.em == 1.0 and rollout.turns]
+        dead = [(episode, rollout) for episode, rollout in both if is_dead_end(rollout, kinds)]
+        right = [(episode, rollout) for episode, rollout in both if rollout.correct and rollout.turns]
 
-        def go_on(parents: Sequence[tuple[Episode, Rollout]], texts: Sequence[str], salt: int) -> list[Pair]:
+        def go_on(parents: Sequence[tuple[Episode, Rollout]], texts: Sequence[str], salt: int) -> list[Probe]:
             rng = random.Random(f"prospects/{seed}/{salt}")
             chosen = [rng.randrange(len(texts)) if texts else None for _ in parents]
             forks = [
-                (rollout, episode.fork(() if cue is None else policy.codec.encode(texts[cue]), cue, 0))
+                (rollout, episode.fork(() if cue is None else policy.codec.encode(texts[cue]), cue))
                 for (episode, rollout), cue in zip(parents, chosen, strict=True)
             ]
             # As in a step: a cue that does not fit the window is no probe.
             forks = [(rollout, fork) for rollout, fork in forks if fork.state is not State.DONE]
             session.run([fork for _, fork in forks], retriever, agent.temperature, seed + 2 + salt)
-            return [(rollout, fork.rollout()) for rollout, fork in forks]
+            return [fork.probe(rollout) for rollout, fork in forks]
 
         for salt, (name, texts) in enumerate(variants.items()):
             seen.probes.setdefault(name, []).extend(go_on(dead, texts, salt))
@@ -127,26 +123,26 @@ def describe(
     seen: Observed, policy: Policy, is_hard: Callable[[Question], bool] | None = None
 ) -> dict[str, Figure]:
     """Shares {value, low, high, n} by name, in the order in which a reader needs them."""
-    wrong = {rollout.question.group for rollout in seen.greedy if rollout.em < 1.0}
+    wrong = {rollout.question.group for rollout in seen.greedy if not rollout.correct}
     hard = is_hard or (lambda question: question.group in wrong)
     tough = [rollout for rollout in seen.sampled if hard(rollout.question)]
-    dead = [rollout for rollout in seen.sampled if rollout.answer is not None and rollout.em < 1.0]
+    dead = [rollout for rollout in seen.sampled if rollout.answer is not None and not rollout.correct]
     figures = {
-        "greedy EM": _share([r.em == 1.0 for r in seen.greedy]),
-        "hard questions: right by chance": _share([r.em == 1.0 for r in tough]),
-        "other questions: right": _share([r.em == 1.0 for r in seen.sampled if not hard(r.question)]),
+        "greedy EM": _share([r.correct for r in seen.greedy]),
+        "hard questions: right by chance": _share([r.correct for r in tough]),
+        "other questions: right": _share([r.correct for r in seen.sampled if not hard(r.question)]),
         "dead ends": share(len(dead), len(seen.sampled)),
         "no answer": _share([r.answer is None for r in seen.sampled]),
         "doubts by itself": _share([second_thought(r, policy) for r in seen.sampled]),
     }
     for name, pairs in seen.probes.items():
-        figures[f"dead ends recovered: {name}"] = _share([probe.em == 1.0 for _, probe in pairs])
+        figures[f"dead ends recovered: {name}"] = _share([probe.rollout.correct for probe in pairs])
     if seen.survivors:
-        figures[NEITHER] = _share([probe.em == 1.0 for _, probe in seen.survivors])
-    cued = [probe for _, probe in seen.probes.get(CUE, []) if probe.cut is not None and probe.cue_length]
+        figures[NEITHER] = _share([probe.rollout.correct for probe in seen.survivors])
+    cued = [probe for probe in seen.probes.get(CUE, []) if probe.cue_length]
     if cued:
         figures["p(the cue's first token) at a dead end"] = {
-            "value": sum(math.exp(probe.logps[probe.cut or 0]) for probe in cued) / len(cued),
+            "value": sum(math.exp(probe.rollout.logps[probe.cut]) for probe in cued) / len(cued),
             "n": len(cued),
         }
     auc = cue_auc(cued)
@@ -161,15 +157,15 @@ def second_thought(rollout: Rollout, policy: Policy) -> bool:
     )
 
 
-def cue_auc(probes: Sequence[Rollout]) -> Figure | None:
+def cue_auc(probes: Sequence[Probe]) -> Figure | None:
     """How well the filter's score tells probes that succeed from those that fail: .5 is blind.
 
     {value, p, n}; p is the two-sided Mann–Whitney test of "blind". None where all succeed or all fail.
     """
     scores: dict[bool, list[float]] = {True: [], False: []}
     for probe in probes:
-        cut = probe.cut or 0
-        scores[probe.em == 1.0].append(sum(probe.logps[cut : cut + probe.cue_length]) / probe.cue_length)
+        cue = probe.rollout.logps[probe.cut : probe.cut + probe.cue_length]
+        scores[probe.rollout.correct].append(sum(cue) / probe.cue_length)
     good, bad = scores[True], scores[False]
     if not good or not bad:
         return None

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from rexrag.config import presets
+from rexrag.config.algorithms import Probing
 from rexrag.config.files import dump_toml
 from rexrag.config.schema import ENDLESS, Budget, Config
 from rexrag.errors import ConfigError, RunFolderError
@@ -104,7 +105,7 @@ def _refuse(config: Config, arm: str, budget: Budget, amount: float) -> None:
         raise ConfigError(f"engine = '{config.engine}': a comparison runs on the local engine only")
     if config.data.train and not config.data.dev:
         raise ConfigError("data.dev is empty: a comparison needs held-out questions")
-    least = config.train.questions * config.method.rollouts
+    least = config.train.questions * config.algorithm.rollouts
     if budget != "time" and amount < least:
         raise ConfigError(
             f"--amount {amount:g}: one step of arm '{arm}' draws {least} rollouts; "
@@ -123,10 +124,15 @@ def look_ahead(work: Plan, out: Path, questions: int = 150) -> dict[str, prospec
         known: dict[str, prospects.Figure] = json.loads(file.read_text(encoding="utf-8"))
         return known
     config = work.configs[work.arms[0], work.seeds[0]]
-    probing = next((c for c in work.configs.values() if c.method.probe and c.method.cues != "none"), config)
-    figures = prospects.examine(config.model_copy(update={"method": probing.method}), questions)
+    probing = next((c for c in work.configs.values() if _probes_with_cues(c)), config)
+    changed = {"algorithm": probing.algorithm, "agent": probing.agent}
+    figures = prospects.examine(config.model_copy(update=changed), questions)
     write_json(file, figures)
     return figures
+
+
+def _probes_with_cues(config: Config) -> bool:
+    return isinstance(config.algorithm, Probing) and config.agent.cues != "none"
 
 
 def run(

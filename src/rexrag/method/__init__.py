@@ -2,9 +2,10 @@
 
 from rexrag.method.advantages import group_advantages
 from rexrag.method.cues import CueTrie
-from rexrag.method.densities import mixture_log_density, probe_log_density, trajectory_weight
+from rexrag.method.densities import mixture_log_density, probe_log_density
 from rexrag.method.filters import keep_probes
 from rexrag.method.objective import clipped_surrogate, k3_kl
+from rexrag.method.weights import trajectory_weight
 
 __all__ = [
     "CueTrie",

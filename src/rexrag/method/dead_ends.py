@@ -1,28 +1,16 @@
-"""Is a rollout a dead end, of which kind, and where is it cut?"""
+"""Which rollouts are dead ends, and where they are cut."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
-from rexrag.types import DeadEnd, Rollout
+from rexrag.errors import MethodError
+from rexrag.types import DeadEnd, Rollout, RolloutGroup
 
-
-def dead_end_kinds(rollout: Rollout, right: bool) -> frozenset[DeadEnd]:
-    """Every kind that applies; empty for a rollout that is right [METHOD §2].
-
-    `right` is the verdict on its answer: exact match with the gold answer, or a judge's.
-    """
-    if right:
-        return frozenset()
-    if rollout.answer is None:
-        return frozenset({DeadEnd.UNANSWERED})
-    queries = [" ".join(turn.argument.lower().split()) for turn in rollout.turns if turn.action == "search"]
-    kinds = {DeadEnd.WRONG}
-    if not queries:
-        kinds.add(DeadEnd.NO_EVIDENCE)
-    if len(set(queries)) < len(queries):
-        kinds.add(DeadEnd.REPEATED_SEARCH)
-    return frozenset(kinds)
+Judge = Callable[[Sequence[Rollout]], Sequence[float]]
+"""P(dead end) of each rollout, without its gold answers."""
+DEAD = 0.5
+"""A judged rollout is a dead end above this probability."""
 
 
 def cut_position(rollout: Rollout) -> int | None:
@@ -37,31 +25,45 @@ def cut_position(rollout: Rollout) -> int | None:
     return last.end if last.action_start is None else last.action_start
 
 
-def is_dead_end(
-    rollout: Rollout, right: bool, wanted: Collection[DeadEnd], probe_forced_turn: bool = False
-) -> bool:
-    """Can this base rollout be probed?
+def can_be_probed(rollout: Rollout) -> bool:
+    """Something was sampled, and no answer was given in the forced last turn [METHOD §2.3]."""
+    answered_late = rollout.answer is not None and rollout.forced_last_turn
+    return cut_position(rollout) is not None and not answered_late
 
-    Answers of the forced last turn are left alone unless `probe_forced_turn` [METHOD §2.3]. A rollout that
-    is itself a probe never is one.
-    """
-    if rollout.is_probe or cut_position(rollout) is None:
+
+def is_dead_end(rollout: Rollout, kinds: Collection[DeadEnd]) -> bool:
+    """Can this base rollout be probed, and is it wrong in one of these ways [METHOD §2.2]?"""
+    if rollout.correct or not can_be_probed(rollout):
         return False
-    if rollout.answer is not None and rollout.forced_last_turn and not probe_forced_turn:
-        return False
-    return not dead_end_kinds(rollout, right).isdisjoint(wanted)
+    return (DeadEnd.UNANSWERED if rollout.answer is None else DeadEnd.WRONG) in kinds
 
 
-def last_cut(rollout: Rollout, wanted: Collection[DeadEnd], probe_forced_turn: bool = False) -> int:
-    """The latest token at which some probe of this o′ could have been cut; −1 where none could.
+def find_dead_ends(
+    groups: Sequence[RolloutGroup],
+    kinds: Collection[DeadEnd],
+    probe_groups: str = "all",
+    judge: Judge | None = None,
+) -> list[Rollout]:
+    """The dead ends among base rollouts, in order.
 
-    Not behind the tag of its answer, since a probe is cut before one; and not in the forced last turn where
-    no rollout that ends there is probed. What a rollout says by itself behind that is no explanation of it.
+    kinds: what counts as one, where no judge is given. probe_groups: "all", or "all-wrong": only of groups
+    without a correct rollout (with a judge: only of groups in which every rollout is judged dead).
+    Raises MethodError (a judge of another length).
     """
-    if not rollout.turns:
-        return -1
-    last = rollout.turns[-1]
-    reachable = probe_forced_turn or DeadEnd.UNANSWERED in wanted
-    if rollout.forced_last_turn and not reachable:
-        return last.start - 1
-    return len(rollout.tokens) if rollout.answer_start is None else rollout.answer_start
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    if judge is None:
+        dead = [is_dead_end(rollout, kinds) for rollout in rollouts]
+        failed = [not rollout.correct for rollout in rollouts]
+    else:
+        chances = judge(rollouts)
+        if len(chances) != len(rollouts):
+            raise MethodError(f"the judge gave {len(chances)} values for {len(rollouts)} rollouts")
+        failed = [chance > DEAD for chance in chances]
+        dead = [is_dead and can_be_probed(r) for r, is_dead in zip(rollouts, failed, strict=True)]
+    found, place = [], 0
+    for group in groups:
+        here = range(place, place + len(group.rollouts))
+        place += len(group.rollouts)
+        if probe_groups == "all" or all(failed[i] for i in here):
+            found += [rollouts[i] for i in here if dead[i]]
+    return found

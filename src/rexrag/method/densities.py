@@ -1,25 +1,18 @@
-"""Policy correction: densities of a batch drawn from the mixture μ = (1−α)·π_old + α·π_ε.
+"""Densities of a batch drawn from the mixture μ = (1−α)·π_old + α·π_ε, and the shares they depend on.
 
-Three ways to divide by the right density [METHOD §3]:
-
-    paper        per token: log μ_t = logaddexp(log(1−α) + log π_old,t, log α + log μ_ε,t); ratio π_θ/μ
-    trajectory   per rollout: one frozen weight 1/((1−α) + α·r), r = probing's density over π_old's
-    internalize  the cue leaves no trace in the training row (`samples.splice`), so nothing is mixed
-
-All densities are natural logs. `mixture_densities` is the batched form; it works only on the probes' rows,
-since for a base rollout the mixture is a constant.
+All are natural logs. `mixture_densities` is the batched form; it works only on the probes' rows, since for a
+base rollout the mixture is a constant.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rexrag.errors import AlphaError, CutError, FailureRateError, MethodError, ShapeError
+from rexrag.errors import AlphaError, CutError, MethodError, ShapeError
 from rexrag.method.checks import require_alpha, require_failure_rate, require_finite, require_shape
 from rexrag.types import Origin
 
@@ -136,94 +129,6 @@ def mixture_densities(
     return mixed
 
 
-def probe_log_ratio(cue_policy_logp: Tensor, cue_logp: Tensor, failure_rate: float) -> float:
-    """log r of one explanation (cut, cue) of a rollout: log[P(fail|o′)·q(h) / (z·Π_cue π_old)].
-
-    cue_policy_logp, cue_logp: float [m]. failure_rate: z > 0, or z / P(fail|o′) where that is known (the
-    quotient may exceed 1); P(fail|o′) is taken as 1 otherwise.
-    A rollout with several explanations has the logsumexp of theirs. Raises as `trajectory_weight`.
-    """
-    require_shape("cue_logp", cue_logp, cue_policy_logp.shape)
-    require_failure_rate(failure_rate, at_most=math.inf)
-    require_finite("cue_policy_logp", cue_policy_logp)
-    require_finite("cue_logp", cue_logp)
-    return float(cue_logp.double().sum() - cue_policy_logp.double().sum()) - math.log(failure_rate)
-
-
-def trajectory_weight(
-    cue_policy_logp: Tensor | None, cue_logp: Tensor | None, failure_rate: float, alpha: float
-) -> float:
-    """w = 1/((1−α) + α·r): multiple importance sampling over whole rollouts [METHOD §3, `trajectory`].
-
-    cue_policy_logp: log π_old of the cue tokens, float [m]; cue_logp: their trie log-shares, float [m];
-    both None for a base rollout (r = 0, w = 1/(1−α)).
-
-    Raises ShapeError, FailureRateError, AlphaError, NonFiniteError, MethodError (only one of the two given).
-    """
-    require_alpha(alpha)
-    if cue_policy_logp is None or cue_logp is None:
-        if not failure_rate >= 0.0:
-            raise FailureRateError(f"failure_rate = {failure_rate}, expected z >= 0")
-        if cue_policy_logp is not cue_logp:
-            raise MethodError("cue_policy_logp and cue_logp: expected both or neither")
-        log_r = -math.inf
-    else:
-        log_r = probe_log_ratio(cue_policy_logp, cue_logp, failure_rate)
-    return float(trajectory_weights(torch.tensor([log_r], dtype=torch.float64), alpha)[0])
-
-
-def trajectory_weights(log_r: Tensor, alpha: float | Tensor) -> Tensor:
-    """`trajectory_weight` of B rollouts from their log r (−inf for a base rollout): float64 [B]."""
-    require_alpha(alpha)
-    require_finite("log_r", log_r, allow_minus_infinity=True)
-    share = torch.as_tensor(alpha, dtype=torch.float64, device=log_r.device)
-    return torch.exp(
-        -torch.logaddexp(torch.log1p(-share).expand(log_r.shape), torch.log(share) + log_r.double())
-    )
-
-
-def explanation_log_ratios(
-    tokens: Tensor,
-    policy_logp: Tensor,
-    origin: Tensor,
-    cues: Sequence[tuple[int, ...]],
-    cue_logp: Tensor,
-    failure_rate: Tensor,
-    last_cut: Tensor,
-) -> Tensor:
-    """log r of each rollout, summed over every (cut, cue) that could have written it: float64 [B].
-
-    tokens, origin: int [B, T]; policy_logp: float [B, T]; cue_logp: `CueTrie.table()`, float64 [pool, m];
-    failure_rate: z, float [B]; last_cut: `dead_ends.last_cut`, int [B]. A match is a pool cue standing word
-    for word among POLICY or CUE tokens, at or before last_cut and with a token behind it (a probe goes on
-    after its cue); −inf without one. P(fail|o′) is taken as 1. Duplicate cues are counted once: their trie
-    share holds the mass. Raises ShapeError, NonFiniteError.
-    """
-    require_shape("policy_logp", policy_logp, tokens.shape)
-    require_shape("origin", origin, tokens.shape)
-    require_shape("last_cut", last_cut, tokens.shape[:1])
-    ours = (origin == int(Origin.POLICY)) | (origin == int(Origin.CUE))
-    spoken = torch.where(ours, tokens, -1)
-    logp = torch.where(ours, policy_logp.double(), 0.0)
-    require_finite("policy_logp", logp)
-    written = (origin >= 0).sum(1)
-    log_r = torch.full((tokens.shape[0],), -torch.inf, dtype=torch.float64, device=tokens.device)
-    for index, cue in enumerate(cues):
-        if cue in cues[:index] or len(cue) > tokens.shape[1]:
-            continue
-        window = torch.tensor(cue, device=tokens.device)
-        stands = (spoken.unfold(1, len(cue), 1) == window).all(-1)
-        at = torch.arange(stands.shape[1], device=tokens.device)[None, :]
-        possible = (at <= last_cut[:, None]) & (at + len(cue) < written[:, None])
-        row, start = (stands & possible).nonzero(as_tuple=True)
-        if len(row):
-            spoken_logp = logp.unfold(1, len(cue), 1)[row, start].sum(-1)
-            explained = cue_logp[index].sum() - spoken_logp - failure_rate.double()[row].log()
-            for r, value in zip(row.tolist(), explained, strict=True):
-                log_r[r] = torch.logaddexp(log_r[r], value)
-    return log_r
-
-
 def failure_rates(correct: Tensor, groups: Tensor, per: Literal["batch", "question"] = "batch") -> Tensor:
     """z = 1 − accuracy of base rollouts, of the batch or of each rollout's own question: float64 [B].
 
@@ -264,21 +169,6 @@ def guard_alpha(alpha: Tensor, clip_high: float, allow: bool = False) -> None:
             "positive advantage would be clipped at once; lower method.keep_ratio, raise method.clip_high, "
             "or set method.allow_large_alpha = true"
         )
-
-
-def mismatch_weights(learner_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
-    """min(cap, π_learner/π_sampler) per token: the sampler's numerics, corrected apart from the mixture.
-
-    Both float [...]. Truncated importance sampling (Ionides 2008). Raises ShapeError.
-    """
-    require_shape("sampler_logp", sampler_logp, learner_logp.shape)
-    return torch.exp((learner_logp - sampler_logp).clamp(max=math.log(cap)))
-
-
-def effective_sample_size(weights: Tensor) -> float:
-    """Kish's (Σw)² / Σw² of importance weights [B]: how many equal-weight rollouts these are worth."""
-    total = float(weights.double().sum())
-    return total * total / float(weights.double().square().sum()) if total > 0 else 0.0
 
 
 def _cue_density(offset: Tensor, cue_logp: Tensor, kind: CueDensity, pool_size: int | None) -> Tensor:

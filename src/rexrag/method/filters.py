@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from rexrag.config.algorithms import Probing, Shared
 from rexrag.errors import MethodError, ShapeError
 from rexrag.method.checks import require_finite, require_shape
-from rexrag.types import Origin
+from rexrag.types import Origin, RolloutGroup
 
 
 def cue_scores(policy_logp: Tensor, origin: Tensor) -> Tensor:
@@ -65,17 +68,37 @@ def keep_probes(
     return kept
 
 
-def update_probe_accuracy(mean: float, right: int, kept: int, momentum: float = 0.1) -> float:
-    """Exponential mean of the kept probes' accuracy; unchanged by a step that kept none [METHOD §3]."""
-    return mean if kept == 0 else (1.0 - momentum) * mean + momentum * (right / kept)
+def filter_probes(
+    groups: Sequence[RolloutGroup], algorithm: Shared, generator: torch.Generator
+) -> tuple[RolloutGroup, ...]:
+    """The groups with `score` and `kept` of every probe: the best ⌊ρ·N_base⌋ of the batch [METHOD §3].
 
-
-def adaptive_keep_ratio(mean: float, keep_ratio: float, floor: float) -> float:
-    """ρ for the next step: the mean accuracy, capped by `keep_ratio` and never below `floor`.
-
-    The mean is seeded with `keep_ratio`. Without a floor ρ can reach zero, and a filter that keeps nothing
-    never sees an accuracy again.
+    `filter` "cue-logp" ranks by `cue_scores`, "right" keeps correct probes only and ranks by chance, "none"
+    keeps all. Probes without a cue are ranked by chance.
     """
-    if not 0.0 <= floor <= keep_ratio <= 1.0:
-        raise MethodError(f"floor = {floor}, keep_ratio = {keep_ratio}: expected 0 <= floor <= ratio <= 1")
-    return min(max(mean, floor), keep_ratio)
+    if not isinstance(algorithm, Probing):
+        return tuple(groups)
+    probes = [probe for group in groups for probe in group.probes]
+    scores = torch.rand(len(probes), generator=generator)
+    if algorithm.filter != "right" and any(probe.cue_length for probe in probes):
+        rollouts = [probe.rollout for probe in probes]
+        scores = cue_scores(
+            pad_sequence([torch.tensor(r.logps) for r in rollouts], True),
+            pad_sequence([torch.tensor(r.origins) for r in rollouts], True, int(Origin.POLICY)),
+        )
+    base = sum(len(group.rollouts) for group in groups)
+    keep = len(probes) if algorithm.filter == "none" else keep_count(base, algorithm.keep_ratio)
+    allowed = [algorithm.filter != "right" or probe.rollout.correct for probe in probes]
+    group_of = [index for index, group in enumerate(groups) for _ in group.probes]
+    kept = keep_probes(scores, keep, allowed, group_of, algorithm.keep_per_group).tolist()
+    ranked = iter(
+        replace(probe, score=score, kept=keep)
+        for probe, score, keep in zip(probes, scores.tolist(), kept, strict=True)
+    )
+    return tuple(replace(group, probes=tuple(next(ranked) for _ in group.probes)) for group in groups)
+
+
+def groups_with_signal(groups: Sequence[RolloutGroup], algorithm: Shared, generator: torch.Generator) -> int:
+    """How many groups would differ in reward after the filter; the generator is left as it is."""
+    copied = torch.Generator().set_state(generator.get_state())
+    return sum(group.has_signal for group in filter_probes(groups, algorithm, copied))

@@ -15,7 +15,7 @@ from torch import Tensor
 from rexrag.errors import MethodError, ShapeError
 from rexrag.method.checks import require_finite, require_shape
 
-Aggregation = Literal["token-mean", "sequence-mean", "sequence-sum"]
+Aggregation = Literal["token-mean", "sequence-sum"]
 
 LOG_RATIO_BOUND = 20.0
 """Importance ratios lie in [exp(-20), exp(20)]; beyond it the gradient is zero anyway."""
@@ -131,16 +131,14 @@ def aggregate(
 ) -> Tensor:
     """Masked values [B, T] to a scalar; zero where nothing is trained.
 
-    token-mean: mean over all trained tokens. sequence-mean: mean over rows of their token mean.
-    sequence-sum: mean over rows of their token sum (a length-independent constant, as Dr. GRPO asks).
+    token-mean: mean over all trained tokens. sequence-sum: mean over rows of their token sums (no division
+    by a length, Dr. GRPO, arXiv 2503.20783).
     Raises ShapeError, MethodError for an unknown aggregation.
     """
     _require_known(aggregation)
     require_shape("mask", mask, values.shape)
     masked = torch.where(mask, values, 0.0)
     rows = masked.sum(dim=-1)
-    if aggregation == "sequence-mean":
-        rows = rows / mask.sum(dim=-1).clamp(min=1)
     divisor = aggregation_normalizer(mask, aggregation) if normalizer is None else normalizer
     return rows.sum() / max(divisor, 1.0)
 

@@ -1,31 +1,34 @@
-"""Which dead ends are probed, and with which cue."""
+"""Which dead ends are probed, with which cue, and how the chance of a probe follows their success."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from rexrag.config.algorithms import Probing, Shared
 from rexrag.errors import CueError, MethodError
+from rexrag.method.dead_ends import Judge, find_dead_ends
+from rexrag.types import Probe, Rollout, RolloutGroup
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ProbePlan:
-    """Cut the base rollout `parent` and go on after cue `cue` (None: go on without one)."""
+    """Cut `parent` and go on after cue `cue` of the pool (None: go on without one)."""
 
-    parent: int
+    parent: Rollout
     cue: int | None
 
 
 def plan_probes(
-    dead_ends: Sequence[int], probability: float, pool_size: int | None, generator: torch.Generator
+    dead_ends: Sequence[Rollout], probability: float, pool_size: int | None, generator: torch.Generator
 ) -> list[ProbePlan]:
     """Toss one coin for each dead end and draw one cue uniformly [METHOD §2.3, §2.4].
 
-    dead_ends: indices of base rollouts; pool_size: number of cues, None to continue without a cue.
-    The draws for a dead end do not depend on the coins of the others, so that arms which share a generator
-    seed probe the same rollouts. Raises MethodError, CueError.
+    pool_size: number of cues, None to continue without a cue. The draws for a dead end do not depend on the
+    coins of the others, so that runs which share a generator seed probe the same rollouts.
+    Raises MethodError, CueError.
     """
     if not 0.0 <= probability <= 1.0:
         raise MethodError(f"probability = {probability}, expected [0, 1]")
@@ -40,10 +43,28 @@ def plan_probes(
     ]
 
 
-def in_all_wrong_groups(right: Sequence[bool], groups: Sequence[int]) -> list[bool]:
-    """For each base rollout: did no rollout of its group get it right?"""
-    solved = {group for group, is_right in zip(groups, right, strict=True) if is_right}
-    return [group not in solved for group in groups]
+def plan(
+    groups: Sequence[RolloutGroup],
+    algorithm: Shared,
+    pool_size: int | None,
+    generator: torch.Generator,
+    judge: Judge | None = None,
+) -> list[ProbePlan]:
+    """Which base rollouts are probed, and with which cue [METHOD §2.2–2.4]."""
+    if not isinstance(algorithm, Probing):
+        return []
+    kinds = () if algorithm.dead_ends == "judge" else algorithm.dead_ends
+    dead_ends = find_dead_ends(groups, kinds, algorithm.probe_groups, judge)
+    return plan_probes(dead_ends, algorithm.probe_probability, pool_size, generator)
+
+
+def with_probes(groups: Sequence[RolloutGroup], probes: Sequence[Probe]) -> tuple[RolloutGroup, ...]:
+    """The groups with these probes, each in the group of its parent."""
+    by_parent = {id(probe.parent): probe for probe in probes}
+    return tuple(
+        replace(group, probes=tuple(by_parent[id(r)] for r in group.rollouts if id(r) in by_parent))
+        for group in groups
+    )
 
 
 HALF_LIFE = 32

@@ -24,10 +24,10 @@ from rexrag.method.densities import (
     FAILURE_RATE_FLOOR,
     mixture_log_density,
     probe_log_densities,
-    trajectory_weights,
 )
 from rexrag.method.filters import cue_scores
 from rexrag.method.objective import clipped_surrogate
+from rexrag.method.weights import trajectory_weights
 from rexrag.theory.exact_world import ExactWorld
 
 NO_CLIP = 1e9

@@ -8,16 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rexrag.agent.codec import HFCodec
+from rexrag.agent.dead_end_judge import DeadEndJudge, JudgeContext, blinded
 from rexrag.agent.episode import Codec, Episode
 from rexrag.agent.prompts import cue_pool
+from rexrag.agent.scoring import AnswerJudge, Reward, Scoring
+from rexrag.config.algorithms import Probing
 from rexrag.config.schema import Config, DataConfig
 from rexrag.data.questions import draw_questions, load_questions, questions_digest
 from rexrag.data.world.generator import World
 from rexrag.engine.base import Learner, Policy
 from rexrag.errors import ConfigError
 from rexrag.method.cues import CueTrie
+from rexrag.method.dead_ends import Judge
+from rexrag.plugins import load_plugin
 from rexrag.retrieval import check_service, make_retriever
 from rexrag.retrieval.base import Retriever
+from rexrag.training.step import StepContext
 from rexrag.types import Document, Question
 
 FRESH_WORLD = 1_000_003
@@ -36,15 +42,24 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
-    policy: Policy
+class Plugins:
+    """What a caller brings instead of what the configuration names; None takes the configuration's."""
+
+    reward: Reward | None = None
+    answer_judge: AnswerJudge | None = None
+    dead_end_judge: DeadEndJudge | None = None
+    retriever: Retriever | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """What a run is made of."""
+
+    step: StepContext
+    """Policy, retriever, cue pool, judges: what a step works with."""
     learner: Learner
-    learner_policy: Policy
-    """Scores with the learner's own weights; the policy itself where they are the same."""
-    retriever: Retriever
     data: Data
-    trie: CueTrie | None
-    start: Callable[[], Policy] | None = None
+    initial_policy: Callable[[], Policy] | None = None
     """Loads the weights that the run starts from, for diagnostics."""
     fresh: Data | None = None
     """Questions (`dev`) and corpus of a second fictional world."""
@@ -54,25 +69,36 @@ class Setup:
     """Digest of the weights that the run starts from, and that a KL looks back to."""
 
     @property
+    def policy(self) -> Policy:
+        return self.step.policy
+
+    @property
+    def retriever(self) -> Retriever:
+        return self.step.retriever
+
+    @property
     def digests(self) -> dict[str, str]:
         """What a checkpoint is bound to."""
+        trie = self.step.trie
         return {
             "train": questions_digest(self.data.train),
             "dev": questions_digest(self.data.dev),
             "retriever": self.retriever.digest,
-            "cues": "none" if self.trie is None else self.trie.digest,
+            "cues": "none" if trie is None else trie.digest,
             **({"model": self.model} if self.model else {}),
         }
 
 
-def build(config: Config) -> Setup:
+def build(config: Config, plugins: Plugins | None = None) -> Components:
     """Load everything a run needs, before anything is written. Raises RexragError with one line."""
     from rexrag.engine.loading import identity, load_engine, load_policy, resolve
     from rexrag.engine.sampling.policy import LocalPolicy
 
+    plugins = plugins or Plugins()
+    scoring = Scoring.of(config.agent, plugins.reward, plugins.answer_judge)
     data = load_data(config.data)
-    retriever = make_retriever(config.retriever, data.corpus)
-    if config.retriever.kind == "remote":
+    retriever = plugins.retriever or make_retriever(config.retriever, data.corpus)
+    if config.retriever.kind == "remote" and plugins.retriever is None:
         check_service(config.retriever)
     policy, learner = load_engine(config)
     check_window(policy, config)
@@ -80,21 +106,33 @@ def build(config: Config) -> Setup:
     own = policy
     if learner.mirror is not None or learner.autocast:  # the numbers that the learner's ratios start from
         own = LocalPolicy(learner.model, policy.codec, autocast=learner.autocast)
-    cues = load_cues(config, policy.codec)
+    judge = dead_end_judge(config, policy, plugins.dead_end_judge)
     codec = policy.codec
     assert isinstance(codec, HFCodec)
-    return Setup(
-        policy,
+    return Components(
+        StepContext(policy, retriever, load_cues(config, codec), own, scoring, judge),
         learner,
-        own,
-        retriever,
         data,
-        cues,
-        start=lambda: load_policy(config.policy.model_copy(update={"dtype": "float32"})),
+        initial_policy=lambda: load_policy(config.policy.model_copy(update={"dtype": "float32"})),
         fresh=fresh_world(config.data),
         save_tokenizer=codec.tokenizer.save_pretrained,
         model=hashlib.sha256("\n".join(identity(resolve(config.policy.path))).encode()).hexdigest(),
     )
+
+
+def dead_end_judge(config: Config, policy: Policy | None, given: DeadEndJudge | None = None) -> Judge | None:
+    """The judge of `dead_ends = "judge"`, given or named, as the method calls it; else None.
+
+    policy: scores for the judge where it can.
+
+    Raises PluginError.
+    """
+    algorithm = config.algorithm
+    if not isinstance(algorithm, Probing) or (given is None and algorithm.dead_ends != "judge"):
+        return None
+    name = algorithm.dead_end_judge or getattr(given, "__name__", type(given).__name__)
+    judge = given or load_plugin(name, "algorithm.dead_end_judge", parameters=2)
+    return blinded(judge, JudgeContext(score=None if policy is None else policy.score), name)
 
 
 def check_window(policy: Policy, config: Config) -> None:
@@ -143,6 +181,6 @@ def fresh_world(config: DataConfig) -> Data | None:
 
 def load_cues(config: Config, codec: Codec) -> CueTrie | None:
     """The configured cue pool as token ids; None for `none`. Raises ConfigError, CueError."""
-    if config.method.cues == "none":
+    if config.agent.cues == "none":
         return None
-    return CueTrie([codec.encode(cue) for cue in cue_pool(config.method.cues)])
+    return CueTrie([codec.encode(cue) for cue in cue_pool(config.agent.cues)])

@@ -19,14 +19,14 @@ from typing import Any, Protocol
 import torch
 
 from rexrag.agent.episode import Codec
-from rexrag.config.schema import Config, MethodConfig
+from rexrag.config.algorithms import Probing
+from rexrag.config.schema import Config
 from rexrag.errors import CheckpointError, DataError
 from rexrag.io import write_json
-from rexrag.method.filters import adaptive_keep_ratio, update_probe_accuracy
 from rexrag.method.probing import adaptive_probability, update_probe_success
 from rexrag.retrieval import make_retriever
 from rexrag.stats import interval
-from rexrag.training.components import Data, Setup, build
+from rexrag.training.components import Components, Data, Plugins, build
 from rexrag.training.metrics import describe, diagnose
 from rexrag.training.rollout_log import trace_rows
 from rexrag.training.run_folder import (
@@ -38,9 +38,9 @@ from rexrag.training.run_folder import (
     save_checkpoint,
     truncate_logs,
 )
-from rexrag.training.step import Collected, collect
+from rexrag.training.step import collect
 from rexrag.training.validation import evaluate
-from rexrag.types import Question
+from rexrag.types import Question, StepBatch
 
 COUNTS = ("step", "generated_tokens", "prefilled_tokens", "spent_tokens", "rollouts")
 """Cumulative counts that every row of `metrics.jsonl` and `eval.jsonl` carries."""
@@ -68,7 +68,6 @@ class Progress:
     asked: int = 0
     """Questions asked so far."""
     seconds: float = 0.0
-    probe_accuracy: float = 0.0
     probe_success: float = 1.0
     """Share of right ones among recent probes, kept or not."""
     digests: dict[str, str] = field(default_factory=dict)
@@ -93,6 +92,7 @@ def train(
     resume: bool = False,
     restart: bool = False,
     observer: Observer | None = None,
+    plugins: Plugins | None = None,
 ) -> dict[str, Any]:
     """Run a configuration into `folder` and return its summary (also `summary.json`).
 
@@ -107,41 +107,41 @@ def train(
         return launch(config, folder, resume, restart)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    setup = build(config)
-    if len(setup.data.train) < config.train.questions:
+    components = build(config, plugins)
+    if len(components.data.train) < config.train.questions:
         raise DataError(
-            f"{len(setup.data.train)} training questions, train.questions = {config.train.questions}: "
+            f"{len(components.data.train)} training questions, train.questions = {config.train.questions}: "
             "expected at least as many questions as a step asks"
         )
     with open_run(folder, config, resume=resume, restart=restart):
-        warn_of_overlap(setup.data)
-        return _run(config, setup, folder, resume, observer)
+        warn_of_overlap(components.data)
+        return _run(config, components, folder, resume, observer)
 
 
 def _run(
-    config: Config, setup: Setup, folder: Path, resume: bool, observer: Observer | None
+    config: Config, components: Components, folder: Path, resume: bool, observer: Observer | None
 ) -> dict[str, Any]:
-    progress = Progress(probe_accuracy=config.method.keep_ratio, digests=setup.digests)
+    progress = Progress(digests=components.digests)
     if resume:
-        progress = _restore(folder, setup)
+        progress = _restore(folder, components)
         follow_config(folder, config, progress.step)
     else:
-        write_json(folder / "environment.json", environment(**setup.digests))
+        write_json(folder / "environment.json", environment(**components.digests))
     if observer:
         observer.started(config, folder)
     if progress.step == 0 and not resume:
-        _evaluate(config, setup, folder, progress, observer)
+        _evaluate(config, components, folder, progress, observer)
     with _interrupts() as interrupted:
         while not _finished(config, progress):
             before = progress.done(config)
-            row = _step(config, setup, folder, progress)
+            row = _step(config, components, folder, progress)
             if observer:
                 observer.stepped(row, progress.done(config))
             last = _finished(config, progress)
             if last or _evaluation_due(config, before, progress.done(config)):
-                _evaluate(config, setup, folder, progress, observer)
+                _evaluate(config, components, folder, progress, observer)
             if last or interrupted() or progress.step % config.train.save_every == 0:
-                _save(config, setup, folder, progress)
+                _save(config, components, folder, progress)
             if interrupted() and not last:
                 raise KeyboardInterrupt
         summary = summarise(config, folder, progress)
@@ -175,107 +175,87 @@ def step_seed(seed: int, number: int, purpose: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def next_keep_ratio(method: MethodConfig, progress: Progress) -> float:
-    """ρ of the next step: `keep_ratio`, or what the kept probes' accuracy makes of it."""
-    if method.keep == "adaptive":
-        return adaptive_keep_ratio(progress.probe_accuracy, method.keep_ratio, method.keep_floor)
-    return method.keep_ratio
-
-
 def account(
-    progress: Progress,
-    collected: Collected,
-    learned: Mapping[str, float],
-    method: MethodConfig,
-    keep_ratio: float,
-    seconds: float,
+    progress: Progress, batch: StepBatch, learned: Mapping[str, float], seconds: float
 ) -> dict[str, Any]:
     """Count a finished step in `progress` and return its row of `metrics.jsonl`.
 
     learned: the learner's figures. seconds: of the whole step.
     """
-    figures = {**describe(collected), **learned}
-    _count(progress, collected, seconds, int(learned.get("reference_tokens", 0)))
-    progress.probe_accuracy = update_probe_accuracy(
-        progress.probe_accuracy,
-        int(figures["probes/kept_right"]),
-        int(figures["probes/kept"]),
-        method.keep_momentum,
-    )
+    figures = {**describe(batch), **learned}
+    _count(progress, batch, seconds, int(learned.get("reference_tokens", 0)))
     progress.probe_success = update_probe_success(
         progress.probe_success, int(figures["probes/right"]), int(figures["probes/drawn"])
     )
-    row = position(progress) | {"keep_ratio": keep_ratio, **figures}
+    row = position(progress) | figures
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
 
 
-def _count(progress: Progress, collected: Collected, seconds: float, reference_tokens: int = 0) -> None:
+def _count(progress: Progress, batch: StepBatch, seconds: float, reference_tokens: int = 0) -> None:
     """reference_tokens: read by the reference model of a KL term, a scoring pass like others."""
     progress.step += 1
-    progress.generated_tokens += collected.generated_tokens
-    progress.prefilled_tokens += collected.prefilled_tokens + reference_tokens
+    progress.generated_tokens += batch.statistics.generated_tokens
+    progress.prefilled_tokens += batch.statistics.prefilled_tokens + reference_tokens
     progress.spent_tokens = progress.generated_tokens + progress.prefilled_tokens
-    progress.rollouts += len(collected.base) + len(collected.probes)
+    progress.rollouts += len(batch.rollouts) + len(batch.probes)
     progress.seconds += seconds
 
 
-def log_step(config: Config, codec: Codec, folder: Path, row: dict[str, Any], collected: Collected) -> None:
+def log_step(config: Config, codec: Codec, folder: Path, row: dict[str, Any], batch: StepBatch) -> None:
     """Add a step to the run folder's logs."""
     append(folder / "metrics.jsonl", [row])
     if config.train.log_rollouts:
-        rows = trace_rows(collected, row["step"], codec, config.train.log_rollouts)
+        rows = trace_rows(batch, row["step"], codec, config.train.log_rollouts)
         append(folder / "rollouts.jsonl.zst", rows)
 
 
-def _step(config: Config, setup: Setup, folder: Path, progress: Progress) -> dict[str, Any]:
+def _step(config: Config, components: Components, folder: Path, progress: Progress) -> dict[str, Any]:
     start = time.perf_counter()
-    number, ratio = progress.step + 1, next_keep_ratio(config.method, progress)
+    number = progress.step + 1
 
     def questions() -> list[Question]:
         progress.asked += config.train.questions
         first = progress.asked - config.train.questions
-        return questions_of(setup.data.train, first, config.train.questions, config.seed)
+        return questions_of(components.data.train, first, config.train.questions, config.seed)
 
-    collected = collect(
+    batch = collect(
         questions(),
-        setup.policy,
-        setup.retriever,
-        setup.trie,
-        _this_step(config, progress),
-        ratio,
+        components.step,
+        this_step(config, progress),
         step_seed(config.seed, number, "sample"),
-        setup.learner_policy,
         questions,
     )
     before = time.perf_counter()
     ahead = copy.copy(progress)
-    _count(ahead, collected, max(before - start, progress.seconds / max(1, progress.step)))
-    diagnosed = _diagnose(config, setup, number, collected, last=_finished(config, ahead))
+    _count(ahead, batch, max(before - start, progress.seconds / max(1, progress.step)))
+    diagnosed = _diagnose(config, components, number, batch, last=_finished(config, ahead))
     aside = time.perf_counter() - before
     before = time.perf_counter()
-    learned = setup.learner.update(collected.samples, config.method, config.agent.temperature)
+    learned = components.learner.update(batch.samples, config.algorithm, config.agent.temperature)
     now = time.perf_counter()
     learned = diagnosed | learned | {"time/update": now - before}
-    row = account(progress, collected, learned, config.method, ratio, now - start - aside)
-    log_step(config, setup.policy.codec, folder, row, collected)
+    row = account(progress, batch, learned, now - start - aside)
+    log_step(config, components.policy.codec, folder, row, batch)
     return row
 
 
-def _this_step(config: Config, progress: Progress) -> Config:
+def this_step(config: Config, progress: Progress) -> Config:
     """The configuration with this step's p."""
-    method = config.method
-    p = adaptive_probability(method.probe_probability, progress.probe_success, method.probe_target)
-    return config.model_copy(update={"method": method.model_copy(update={"probe_probability": p})})
+    algorithm = config.algorithm
+    if not isinstance(algorithm, Probing):
+        return config
+    p = adaptive_probability(algorithm.probe_probability, progress.probe_success, algorithm.probe_target)
+    return config.model_copy(update={"algorithm": algorithm.model_copy(update={"probe_probability": p})})
 
 
 def _diagnose(
-    config: Config, setup: Setup, number: int, collected: Collected, last: bool
+    config: Config, components: Components, number: int, batch: StepBatch, last: bool
 ) -> dict[str, float]:
     """Diagnostics of the first step, of every `train.diagnose_every`-th after it, and of the last."""
     every = config.train.diagnose_every
-    if setup.start is None or not every or ((number - 1) % every and not last):
+    if components.initial_policy is None or not every or ((number - 1) % every and not last):
         return {}
-    return diagnose(collected, setup.learner, setup.start(), config)
+    return diagnose(batch, components.learner, components.initial_policy(), config)
 
 
 def position(progress: Progress) -> dict[str, Any]:
@@ -294,40 +274,40 @@ def _evaluation_due(config: Config, before: float, after: float) -> bool:
 
 
 def _evaluate(
-    config: Config, setup: Setup, folder: Path, progress: Progress, observer: Observer | None
+    config: Config, components: Components, folder: Path, progress: Progress, observer: Observer | None
 ) -> None:
-    if not setup.data.dev:
+    if not components.data.dev:
         return
-    sets = [("held-out", setup.data, setup.retriever)]
-    if setup.fresh is not None and (progress.step == 0 or _finished(config, progress)):
-        sets.append(("fresh", setup.fresh, make_retriever(config.retriever, setup.fresh.corpus)))
+    sets = [("held-out", components.data, components.retriever)]
+    if components.fresh is not None and (progress.step == 0 or _finished(config, progress)):
+        sets.append(("fresh", components.fresh, make_retriever(config.retriever, components.fresh.corpus)))
     for name, data, retriever in sets:
-        figures = evaluate(setup.policy, data.dev, retriever, config).figures
+        figures = evaluate(components.policy, data.dev, retriever, config, components.step.scoring).figures
         row = position(progress) | {"set": name, **figures}
         append(folder / "eval.jsonl", [row])
         if observer:
             observer.evaluated(row)
 
 
-def _save(config: Config, setup: Setup, folder: Path, progress: Progress) -> None:
+def _save(config: Config, components: Components, folder: Path, progress: Progress) -> None:
     state = {**asdict(progress), "seed": config.seed}
 
     def write(into: Path) -> None:
-        setup.learner.save(into)
-        setup.save_tokenizer(into)
+        components.learner.save(into)
+        components.save_tokenizer(into)
 
     save_checkpoint(folder, progress.step, write, state, config.train.keep_checkpoints)
 
 
-def _restore(folder: Path, setup: Setup) -> Progress:
+def _restore(folder: Path, components: Components) -> Progress:
     checkpoint, state = last_checkpoint(folder)
     for name, expected in state["digests"].items():
-        if setup.digests.get(name) != expected:
+        if components.digests.get(name) != expected:
             raise CheckpointError(
                 f"{checkpoint}: the run's '{name}' has changed since this checkpoint "
-                f"({expected[:12]} then, {setup.digests.get(name, 'nothing')[:12]} now)"
+                f"({expected[:12]} then, {components.digests.get(name, 'nothing')[:12]} now)"
             )
-    setup.learner.load(checkpoint)
+    components.learner.load(checkpoint)
     truncate_logs(folder, state["logs"])
     missing = [field.name for field in fields(Progress) if field.name not in state]
     if missing:
@@ -345,7 +325,7 @@ def summarise(config: Config, folder: Path, progress: Progress) -> dict[str, Any
             (evaluations if row["set"] == "held-out" else fresh).append(row)
     summary: dict[str, Any] = {
         "name": config.name,
-        "arm": config.arm,
+        "arm": config.label,
         "seed": config.seed,
         "steps": progress.step,
         **position(progress),

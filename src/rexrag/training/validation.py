@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from rexrag.agent.episode import Episode
 from rexrag.agent.reward import score_answer
+from rexrag.agent.scoring import Scoring
 from rexrag.config.schema import Config
 from rexrag.engine.base import Policy
 from rexrag.retrieval.base import Retriever
@@ -44,6 +45,8 @@ class Scored:
     """Tokens the policy wrote."""
     invalid: int
     """Turns without a valid action."""
+    correct: bool
+    """The verdict of the judge of answers."""
 
 
 def evaluate(
@@ -51,14 +54,17 @@ def evaluate(
     questions: Sequence[Question],
     retriever: Retriever,
     config: Config,
+    scoring: Scoring | None = None,
     seed: int = 0,
     temperature: float = 0.0,
 ) -> Evaluation:
-    """Roll out every question once (temperature 0: greedy) and score it."""
+    """Roll out every question once (temperature 0: greedy) and score it. scoring: as in training."""
     start = time.perf_counter()
     session = policy.session()
     try:
-        episodes = [Episode(q, policy.codec, config.agent, config.retriever.topk) for q in questions]
+        episodes = [
+            Episode(q, policy.codec, config.agent, config.retriever.topk, scoring=scoring) for q in questions
+        ]
         session.run(episodes, retriever, temperature, seed)
         rollouts = [episode.rollout() for episode in episodes]
     finally:
@@ -71,13 +77,15 @@ def scored_rollout(rollout: Rollout) -> Scored:
     """The scores of a finished rollout."""
     searches = searches_run(rollout.turns, rollout.forced_last_turn)
     written = rollout.count(Origin.POLICY)
-    return scored(rollout.question, rollout.answer, searches, written, invalid_turns(rollout.turns))
+    row = scored(rollout.question, rollout.answer, searches, written, invalid_turns(rollout.turns))
+    return replace(row, correct=rollout.correct)
 
 
 def scored(question: Question, answer: str | None, searches: int, tokens: int, invalid: int) -> Scored:
     """An answer's EM, F1 and sub-EM beside what it took."""
     score = score_answer(answer, question.answers)
-    return Scored(question, answer, score.em, score.f1, score.sub_em, searches, tokens, invalid)
+    correct = score.em == 1.0
+    return Scored(question, answer, score.em, score.f1, score.sub_em, searches, tokens, invalid, correct)
 
 
 def invalid_turns(turns: Sequence[Turn]) -> int:
@@ -88,6 +96,7 @@ def numbers(row: Scored) -> dict[str, float]:
     """What figures are made of, as numbers by name: what another engine can carry beside a rollout."""
     return {
         "em": row.em,
+        "correct": float(row.correct),
         "f1": row.f1,
         "sub_em": row.sub_em,
         "searches": float(row.searches),
@@ -117,6 +126,7 @@ def figures_of(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     means = ("searches", "unanswered", "tokens", "invalid")
     return {
         "em": score_interval(em),
+        "correct": score_interval([score["correct"] for score in scores]),
         "f1": score_interval([score["f1"] for score in scores]),
         "sub_em": score_interval([score["sub_em"] for score in scores]),
         "by_hops": by_hops,

@@ -26,13 +26,14 @@ from verl.experimental.agent_loop.agent_loop import (
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
 from rexrag.agent.episode import Episode, State
-from rexrag.method.probing import adaptive_probability, update_probe_success
-from rexrag.training.step import fork_probe, plan
+from rexrag.config.algorithms import Probing
+from rexrag.method.probing import adaptive_probability, plan, update_probe_success
+from rexrag.training.step import fork_probe
 from rexrag.training.validation import numbers, scored_rollout
-from rexrag.types import Origin, Rollout
+from rexrag.types import Origin, Rollout, RolloutGroup
 from rexrag.verl.drive import drive
 from rexrag.verl.records import AGENT, question_of, rollout_record
-from rexrag.verl.worker_context import parts_of
+from rexrag.verl.worker_context import worker_context
 
 CLOSING_TAGS = ["</search>", "</answer>"]
 STOP_PARAMETERS: dict[str, dict[str, Any]] = {
@@ -58,7 +59,7 @@ class RexragLoop(AgentLoopBase):  # type: ignore[misc]
         self, sampling_params: dict[str, Any], *, extra_info: Any, fork: Episode | None = None, **rest: Any
     ) -> EpisodeOutput:
         """See `AgentLoopBase.run`."""
-        parts = parts_of(self.config.rexrag.config.schema)
+        parts = worker_context(self.config.rexrag.config)
         config = parts.config
         start = time.perf_counter()
         stop = STOP_PARAMETERS.get(self.rollout_config.name, STOP_PARAMETERS["vllm"])
@@ -87,7 +88,7 @@ class RexragLoop(AgentLoopBase):  # type: ignore[misc]
             metrics=AgentLoopMetrics(
                 generate_sequences=time.perf_counter() - start - searching, tool_calls=searching
             ),
-            extra_fields={**seen, AGENT: rollout_record(rollout), "reward_extra_info": scores},
+            extra_fields={**seen, AGENT: rollout_record(rollout, episode), "reward_extra_info": scores},
             episode=episode,
         )
 
@@ -104,7 +105,7 @@ class _Siblings:
 class RexragWorker(_Worker):  # type: ignore[misc]
     """verl's worker, which also runs a session's probe.
 
-    Each worker follows the success of its own probes (`method.probe_target`), from its start on.
+    Each worker follows the success of its own probes (`probe_target`), from its start on.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -138,28 +139,31 @@ class RexragWorker(_Worker):  # type: ignore[misc]
         fork = await self._fork(output.episode, session_id, siblings, trajectory["step"])
         if fork is not None:
             probe = await run(sampling_params, trajectory, session_id=count + session_id, fork=fork, **kwargs)
-            right = int(probe.episode.rollout().em == 1.0)
+            right = int(probe.episode.rollout().correct)
             self._probe_success = update_probe_success(self._probe_success, right, 1)
 
     async def _fork(
         self, episode: Episode, session_id: int, siblings: _Siblings, step: int
     ) -> Episode | None:
         """The probe of this session, where it is to have one."""
-        parts = parts_of(self.config.rexrag.config.schema)
-        method, seed = parts.config.method, parts.config.seed
-        p = adaptive_probability(method.probe_probability, self._probe_success, method.probe_target)
-        method = method.model_copy(update={"probe_probability": p})
+        context = worker_context(self.config.rexrag.config)
+        algorithm, seed = context.config.algorithm, context.config.seed
+        if not isinstance(algorithm, Probing):
+            return None
+        p = adaptive_probability(algorithm.probe_probability, self._probe_success, algorithm.probe_target)
+        algorithm = algorithm.model_copy(update={"probe_probability": p})
         own = [session_id]
-        if method.probe_groups == "all-wrong":  # needs the verdict on all of them
+        if algorithm.probe_groups == "all-wrong":  # needs the verdict on all of them
             await siblings.complete.wait()
             own = sorted(siblings.rollouts)
         name = f"{seed}/{step}/{episode.question.group}/{own[0]}"
         digest = hashlib.sha256(name.encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        rollouts = [siblings.rollouts[session] for session in own]
-        for planned in plan(rollouts, [0] * len(own), method, parts.trie, generator):
-            if own[planned.parent] == session_id:
-                fork = fork_probe(episode, planned, parts.trie)
+        group = RolloutGroup(episode.question, tuple(siblings.rollouts[session] for session in own))
+        pool_size = None if context.trie is None else len(context.trie)
+        for planned in plan([group], algorithm, pool_size, generator, context.judge):
+            if planned.parent is siblings.rollouts[session_id]:
+                fork = fork_probe(episode, planned, context.trie)
                 return None if fork.state is State.DONE else fork
         return None
 

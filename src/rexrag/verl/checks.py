@@ -28,22 +28,22 @@ def check_installed() -> None:
 
 def check_settings(config: Config) -> None:
     """Settings that verl's trainer cannot honour, and sizes that do not divide."""
-    method, train, verl = config.method, config.train, config.verl
-    if method.probe and method.realignment == "internalize" and method.tail == "truncated":
+    algorithm, train, verl = config.algorithm, config.train, config.verl
+    if getattr(algorithm, "suffix_weight", "") == "truncated-is":
         raise ConfigError(
-            "method.tail = 'truncated' is not there for engine = 'verl': it would train spliced rows against "
-            "the density of other rows; use 'one' or 'unclipped', or engine = 'local'"
+            "algorithm.suffix_weight = 'truncated-is' is not there for engine = 'verl': it would train rows "
+            "against the density of other rows; use 'clipped' or 'unclipped', or engine = 'local'"
         )
-    if method.tail_cap != 1.0:
-        raise ConfigError(f"method.tail_cap = {method.tail_cap}: engine = 'verl' knows 1 only")
-    if method.rollouts < 2:
-        raise ConfigError(f"method.rollouts = {method.rollouts}: a group needs at least 2 for an advantage")
+    if algorithm.rollouts < 2:
+        raise ConfigError(
+            f"algorithm.rollouts = {algorithm.rollouts}: a group needs at least 2 for an advantage"
+        )
     if config.policy.train_last_layers:
         raise ConfigError("policy.train_last_layers: verl trains all weights or a LoRA; set it to 0")
     if train.track:
         raise ConfigError("train.track: verl has loggers of its own; name them in verl.loggers")
     if train.control:
-        raise ConfigError("train.control: engine = 'verl' trains one arm a run; set it to ''")
+        raise ConfigError("train.control: engine = 'verl' trains one algorithm a run; set it to ''")
     if train.diagnose_every or config.data.fresh_questions:
         raise ConfigError(
             "train.diagnose_every and data.fresh_questions are not there for engine = 'verl'; set them to 0"
@@ -52,11 +52,11 @@ def check_settings(config: Config) -> None:
         if getattr(train, name):
             raise ConfigError(f"train.{name}: engine = 'verl' stops after train.steps; set it to 0")
     gpus = verl.nodes * verl.gpus_per_node
-    rows, parts = train.questions * method.rollouts, gpus * config.learner.minibatches
+    rows, parts = train.questions * algorithm.rollouts, gpus * config.learner.minibatches
     if rows % parts:
         raise ConfigError(
-            f"train.questions × method.rollouts = {train.questions} × {method.rollouts} = {rows} rollouts do "
-            f"not divide by {gpus} GPUs × learner.minibatches = {parts}"
+            f"train.questions × algorithm.rollouts = {train.questions} × {algorithm.rollouts} = {rows} "
+            f"rollouts do not divide by {gpus} GPUs × learner.minibatches = {parts}"
         )
     if gpus % verl.tensor_parallel or verl.gpus_per_node % verl.tensor_parallel:
         raise ConfigError(

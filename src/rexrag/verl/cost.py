@@ -1,7 +1,6 @@
-"""Memory of a GPU, tokens and seconds of a step: arithmetic from a stated model, nothing measured.
+"""Memory of a GPU: arithmetic from a stated model, nothing measured.
 
-Every assumption is a named constant here; `docs/scaling.md` derives the figures. Sizes are bytes, times
-seconds.
+Every assumption is a named constant here. Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -24,25 +23,6 @@ LAYER_VALUES = 8
 """Values of hidden and of half the intermediate size that a recomputed layer holds for a token."""
 SEQUENCES = 8
 """Full-length rollouts whose KV cache one engine has to hold at least."""
-MAX_SEQUENCES = 256
-"""verl's default of rows that one engine decodes at once."""
-
-SEARCHES = 2.5
-"""Searches of a rollout, on average."""
-TURN_TOKENS = 100
-"""Tokens that the policy writes in a turn, on average."""
-PROMPT_TOKENS = 200
-"""Of the instruction and a question."""
-FAILURES = 0.6
-"""Share of base rollouts that are dead ends."""
-TRAIN_MFU = 0.35
-"""Share of a GPU's peak in training and scoring passes."""
-DECODE_BANDWIDTH = 0.6
-"""Share of memory bandwidth that decoding reaches."""
-TAIL = 1.5
-"""How much longer the last rollouts of a step take than the mean one."""
-SEARCHES_PER_SECOND = 200.0
-"""What the retriever answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,55 +176,3 @@ def check_memory(config: Config, shape: Shape) -> Memory:
             "verl.rollout_memory or set verl.offload = true"
         )
     return needed
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Counts and seconds of one step."""
-
-    rollouts: float
-    probes: float
-    generated_tokens: float
-    read_tokens: float
-    searches: float
-    trained_rows: float
-    trained_tokens: float
-    seconds: dict[str, float]
-
-    @property
-    def total(self) -> float:
-        return sum(self.seconds.values())
-
-
-def step(config: Config, shape: Shape) -> Step:
-    """A step under the assumptions above. Searches overlap with decoding, so the longer of the two counts."""
-    method, agent, verl = config.method, config.agent, config.verl
-    gpus = verl.nodes * verl.gpus_per_node
-    base = config.train.questions * method.rollouts
-    searches = min(SEARCHES, agent.search_turns)
-    turn = min(TURN_TOKENS, agent.turn_tokens)
-    written = (searches + 1) * turn
-    read = PROMPT_TOKENS + searches * agent.evidence_tokens
-    length = min(written + read, agent.total_tokens)
-    probes = base * FAILURES * method.probe_probability if method.probe else 0.0
-    half = 0.5  # of a rollout is what a probe writes anew: it starts at its parent's answer
-    kept = min(probes, base * method.keep_ratio)
-    generated, fed = written * (base + half * probes), read * (base + half * probes)
-    rows, tokens = base + kept, length * (base + kept)
-    peak, engines = verl.gpu_tflops * 1e12, gpus / verl.tensor_parallel
-    at_once = min(MAX_SEQUENCES, max(1.0, (base + half * probes) / engines))
-    waves = max(1.0, (base + half * probes) / engines / at_once)
-    read_bytes = (2 * shape.parameters + at_once * length / 2 * shape.kv_bytes) / verl.tensor_parallel
-    decode = TAIL * waves * written * read_bytes / (verl.gpu_bandwidth * 1e9 * DECODE_BANDWIDTH)
-    flops = 2.0 * shape.parameters
-    asked = searches * (base + half * probes)
-    seconds = {
-        "decode": decode,
-        "prefill": flops * fed / (gpus * peak * TRAIN_MFU),
-        "search": max(0.0, asked / SEARCHES_PER_SECOND - decode),
-        "score": flops * length * (base + probes) / (gpus * peak * TRAIN_MFU),
-        "reference": flops * tokens / (gpus * peak * TRAIN_MFU) if method.kl else 0.0,
-        # Forward, backward twice as long, and the forward pass once more for checkpointed activations.
-        "update": 4 * flops * tokens / (gpus * peak * TRAIN_MFU),
-    }
-    return Step(base, probes, generated, fed, asked, rows, tokens, seconds)

@@ -1,4 +1,4 @@
-"""verl's clipped loss with tokens that are not clipped: `internalize` with an unclipped tail.
+"""verl's clipped loss with tokens that are not clipped (`suffix_weight = "unclipped"`).
 
 verl hands a loss no stream of ours but the weight of each token; a negative one marks a token whose ratio is
 held constant. Its size is the weight.
@@ -16,7 +16,7 @@ from rexrag.method.objective import held_surrogate
 from rexrag.verl.mapping import HELD_LOSS
 
 CAP = 1.0
-"""`method.tail_cap`; `checks` refuses another."""
+"""Of the ratio that is held constant."""
 
 
 @register_policy_loss(HELD_LOSS)  # type: ignore[untyped-decorator, unused-ignore]

@@ -91,7 +91,7 @@ TABLE = (
     _from(f"{ROLLOUT}.dtype", "policy.dtype", lambda c: c.policy.dtype),
     # the step
     _as_is("data.train_batch_size", "train.questions"),
-    _as_is(f"{ROLLOUT}.n", "method.rollouts"),
+    _as_is(f"{ROLLOUT}.n", "algorithm.rollouts"),
     _as_is(f"{ROLLOUT}.temperature", "agent.temperature"),
     _as_is("trainer.total_training_steps", "train.steps"),
     _from("trainer.total_epochs", "train.steps", lambda c: c.train.steps),
@@ -103,29 +103,31 @@ TABLE = (
     _as_is("data.seed", "seed"),
     _fixed("data.shuffle", True),
     # the loss
-    _from("algorithm.adv_estimator", "method.advantage_baseline", lambda c: _estimator(c)),
+    _from("algorithm.adv_estimator", "algorithm.advantage_baseline", lambda c: _estimator(c)),
     _from(
         "algorithm.norm_adv_by_std_in_grpo",
-        "method.advantage_scale",
-        lambda c: c.method.advantage_scale == "std",
+        "algorithm.advantage_scale",
+        lambda c: c.algorithm.advantage_scale == "std",
     ),
     _from(
-        "algorithm.filter_groups.enable", "method.dynamic_sampling", lambda c: c.method.dynamic_sampling > 0
+        "algorithm.filter_groups.enable",
+        "algorithm.dynamic_sampling",
+        lambda c: c.algorithm.dynamic_sampling > 0,
     ),
     _fixed("algorithm.filter_groups.metric", "reward"),
     _fixed("algorithm.use_kl_in_reward", False),
     _fixed("algorithm.rollout_correction", None),
     _from(
         f"{ACTOR}.policy_loss.loss_mode",
-        "method.tail",
-        lambda c: HELD_LOSS if c.method.tail == "unclipped" else "vanilla",
+        "algorithm.suffix_weight",
+        lambda c: HELD_LOSS if getattr(c.algorithm, "suffix_weight", "") == "unclipped" else "vanilla",
     ),
-    _as_is(f"{ACTOR}.clip_ratio_low", "method.clip_low"),
-    _as_is(f"{ACTOR}.clip_ratio_high", "method.clip_high"),
+    _as_is(f"{ACTOR}.clip_ratio_low", "algorithm.clip_low"),
+    _as_is(f"{ACTOR}.clip_ratio_high", "algorithm.clip_high"),
     _fixed(f"{ACTOR}.clip_ratio_c", NO_DUAL_CLIP),
-    _from(f"{ACTOR}.loss_agg_mode", "method.aggregation", lambda c: AGGREGATIONS[c.method.aggregation]),
-    _from(f"{ACTOR}.use_kl_loss", "method.kl", lambda c: c.method.kl > 0),
-    _as_is(f"{ACTOR}.kl_loss_coef", "method.kl"),
+    _from(f"{ACTOR}.loss_agg_mode", "algorithm.aggregation", lambda c: AGGREGATIONS[c.algorithm.aggregation]),
+    _from(f"{ACTOR}.use_kl_loss", "algorithm.kl", lambda c: c.algorithm.kl > 0),
+    _as_is(f"{ACTOR}.kl_loss_coef", "algorithm.kl"),
     _fixed(f"{ACTOR}.kl_loss_type", "low_var_kl"),
     _fixed(f"{ACTOR}.entropy_coeff", 0),
     # the optimizer
@@ -188,12 +190,12 @@ def _passes(config: Config) -> str:
 
 
 def _estimator(config: Config) -> str:
-    method = config.method
-    known = ESTIMATORS.get((method.advantage_baseline, method.advantage_scale))
+    algorithm = config.algorithm
+    known = ESTIMATORS.get((algorithm.advantage_baseline, algorithm.advantage_scale))
     if known is None:
         raise ConfigError(
-            "method.advantage_baseline = 'leave-one-out' with advantage_scale = 'std': verl has no such "
-            "estimator; set method.advantage_scale = 'none'"
+            "algorithm.advantage_baseline = 'leave-one-out' with advantage_scale = 'std': verl has no such "
+            "estimator; set algorithm.advantage_scale = 'none'"
         )
     return known
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rexrag.agent.episode import Episode
 from rexrag.agent.prompts import render_prompt
-from rexrag.types import Origin, Question, Rollout, StopReason, Turn
+from rexrag.types import Origin, Probe, Question, Rollout, StopReason, Turn
 
 AGENT = "rexrag"
 """Name of the agent loop, of the trainer, and of our entry in a row's extra fields."""
@@ -15,7 +16,8 @@ STATE_FILE = "rexrag.json"
 """Our part of one of verl's checkpoints: counts, adaptive state, digests, lengths of the logs."""
 
 _MODEL_TOKENS = (int(Origin.POLICY), int(Origin.CUE))
-_CARRIED = ("stop", "answer", "reward", "em", "forced_last_turn", "cut", "cue", "cue_length")
+_CARRIED = ("stop", "answer", "reward", "em", "correct", "forced_last_turn")
+_PROBE = ("cut", "cue", "cue_length")
 
 
 def question_row(question: Question, place: int, template: str) -> dict[str, Any]:
@@ -36,9 +38,13 @@ def question_of(extra_info: Mapping[str, Any]) -> Question:
     return Question(**known | {"answers": tuple(extra_info["answers"])})
 
 
-def rollout_record(rollout: Rollout) -> dict[str, Any]:
-    """All of a rollout that is not a stream of tokens or log-probs; plain values only."""
+def rollout_record(rollout: Rollout, episode: Episode) -> dict[str, Any]:
+    """All of a rollout that is not a stream of tokens or log-probs; plain values only.
+
+    episode: that it came from; a fork says where it was cut.
+    """
     return {
+        "probe": None if episode.cut is None else {name: getattr(episode, name) for name in _PROBE},
         "question": {**asdict(rollout.question), "answers": list(rollout.question.answers)},
         "origins": list(rollout.origins),
         "turns": [{**asdict(turn), "documents": list(turn.documents)} for turn in rollout.turns],
@@ -48,11 +54,7 @@ def rollout_record(rollout: Rollout) -> dict[str, Any]:
 
 
 def rollout_of(
-    record: Mapping[str, Any],
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    logps: Sequence[float],
-    parent: int | None = None,
+    record: Mapping[str, Any], prompt: Sequence[int], tokens: Sequence[int], logps: Sequence[float]
 ) -> Rollout:
     """The rollout again, with log-probs that may have come from elsewhere.
 
@@ -70,5 +72,9 @@ def rollout_of(
             logp if origin in _MODEL_TOKENS else 0.0 for logp, origin in zip(logps, origins, strict=True)
         ),
         turns=tuple(Turn(**{**turn, "documents": tuple(turn["documents"])}) for turn in record["turns"]),
-        parent=parent,
     )
+
+
+def probe_of(record: Mapping[str, Any], rollout: Rollout, parent: Rollout) -> Probe:
+    """The probe that a rollout's record says it is."""
+    return Probe(rollout, parent, **record["probe"])

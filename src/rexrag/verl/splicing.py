@@ -1,4 +1,4 @@
-"""`internalize` on verl: a probe's row without its cue takes the place, in the queue, of the row as sampled.
+"""Context distillation on verl: a probe's row without its cue takes its place in verl's queue.
 
 Only the token fields change. verl then scores, balances and trains the shorter row as any other.
 """
@@ -7,37 +7,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rexrag.method.rows import Row, splice
-from rexrag.types import Origin, Rollout
-
-Key = tuple[tuple[int, ...], tuple[int, ...]]
-"""(prompt, response) of a row."""
-
-
-@dataclass(slots=True)
-class Splices:
-    """Where the probes of a batch are, by their spliced row; each place is given out once."""
-
-    rows: dict[Key, Row] = field(default_factory=dict)
-    places: dict[Key, list[int]] = field(default_factory=lambda: defaultdict(list))
-
-    def take(self, key: Key) -> tuple[int, Row]:
-        return self.places[key].pop(0), self.rows[key]
-
-    def add(self, probes: Sequence[Rollout], places: Sequence[int], base: Sequence[Rollout]) -> None:
-        """The spliced rows of probes. places: of each in the batch; probes name their `parent`."""
-        for probe, place in zip(probes, places, strict=True):
-            assert probe.parent is not None
-            row = splice(probe, base[probe.parent])
-            key = row.prompt, row.tokens
-            self.rows[key] = row
-            self.places[key].append(place)
+from rexrag.method.rows import Row
+from rexrag.types import Origin
 
 
 def token_fields(rows: Sequence[Row], old: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:

@@ -1,6 +1,6 @@
 """verl's synchronous trainer with the correction of REX-RAG between scoring and updating.
 
-    sample → score (verl) → filter, correct (`training.step.correct_rollouts`) → write back → reference,
+    sample → score (verl) → filter, correct (`training.step.correct_groups`) → write back → reference,
     advantage, update (verl)
 
 The behaviour densities take the place of `old_log_probs`, masks that of `response_mask`, and a weight, where
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,16 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 
 from rexrag.errors import CheckpointError, RetrievalError
 from rexrag.io import write_json
+from rexrag.method.probing import with_probes
 from rexrag.method.rows import Row
-from rexrag.training.loop import Progress, account, log_step, next_keep_ratio, position, step_seed
+from rexrag.training.loop import Progress, account, log_step, position, step_seed
 from rexrag.training.run_folder import LOGS, append, truncate_logs
-from rexrag.training.step import Collected, Corrected, Score, correct_rollouts, kept_probes
+from rexrag.training.step import Score, correct_groups
 from rexrag.training.validation import figures_of
-from rexrag.types import Origin, Rollout
-from rexrag.verl.records import AGENT, STATE_FILE, rollout_of
-from rexrag.verl.splicing import Splices, tag_of, token_fields
-from rexrag.verl.worker_context import parts_of
+from rexrag.types import Origin, Probe, Rollout, RolloutGroup, Sample, StepBatch
+from rexrag.verl.records import AGENT, STATE_FILE, probe_of, rollout_of
+from rexrag.verl.splicing import tag_of, token_fields
+from rexrag.verl.worker_context import worker_context
 
 LEARNED = {
     "loss": "actor/loss",
@@ -52,14 +53,13 @@ LEARNED = {
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The rollouts of a verl batch. `places` are their positions in it; base rollouts come first."""
+    """The rollouts of a verl batch. place, learned: position in it and the learner's log-probs, by id."""
 
-    base: list[Rollout]
-    probes: list[Rollout]
-    groups: list[int]
-    places: list[int]
-    dead: list[int]
-    """Positions that hold padding."""
+    groups: tuple[RolloutGroup, ...]
+    place: dict[int, int]
+    learned: dict[int, Tensor]
+    padding: list[int]
+    """Positions that hold no rollout."""
 
 
 def nested(rows: Sequence[Tensor]) -> Tensor:
@@ -72,21 +72,19 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.parts = parts_of(config.rexrag.config.schema)
+        self.context = worker_context(config.rexrag.config)
         self.folder = Path(config.rexrag.folder)
         self.digests = dict(config.rexrag.digests)
-        self.progress = Progress(
-            probe_accuracy=self.parts.config.method.keep_ratio, digests=dict(self.digests)
-        )
+        self.progress = Progress(digests=dict(self.digests))
         self._started = time.perf_counter()
-        self._collected: Collected | None = None
+        self._batch: StepBatch | None = None
 
     def _build_replay_buffer(self) -> Any:
         self.trainer_mode = "sync"  # verl gives any other name the asynchronous buffer
         return super()._build_replay_buffer()
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
-        return dp_size * int(self.parts.config.learner.minibatches)
+        return dp_size * int(self.context.config.learner.minibatches)
 
     # -- score, filter, correct ----------------------------------------------------------------------------
 
@@ -95,86 +93,78 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_old_log_prob(batch, metrics)
-        config, progress = self.parts.config, self.progress
-        drawn, learned = self._drawn(batch)
+        config, drawn = self.context.config, self._drawn(batch)
         generator = torch.Generator().manual_seed(step_seed(config.seed, self.global_steps, "filter"))
-        found = Splices()
-
-        def splice_kept(kept: Tensor) -> None:
-            """Of two probes whose rows read alike without their cues, the kept one's place is the one."""
-            if config.method.realignment == "internalize":
-                places = [p for p, keep in zip(drawn.places[len(drawn.base) :], kept, strict=True) if keep]
-                found.add(kept_probes(drawn.probes, kept), places, drawn.base)
-
-        corrected = correct_rollouts(
-            drawn.base,
+        corrected = correct_groups(
             drawn.groups,
-            drawn.probes,
-            self._scorer(batch, found, learned),
-            self.parts.trie,
             config,
-            next_keep_ratio(config.method, progress),
+            self.context.trie,
             generator,
-            lambda rows, temperature: [learned[tuple(prompt), tuple(tokens)] for prompt, tokens in rows],
-            splice_kept,
+            self._scorer(batch, drawn),
+            lambda rows, temperature: [drawn.learned[id(row.source)] for row in rows],
         )
-        self._collected = collected(drawn, corrected)
+        self._batch = with_tokens(corrected)
         return self._write_back(batch, drawn, corrected)
 
-    def _drawn(self, batch: KVBatchMeta) -> tuple[Drawn, dict[Any, Tensor]]:
-        """The batch's rollouts, and the learner's log-probs of each (prompt, response)."""
+    def _drawn(self, batch: KVBatchMeta) -> Drawn:
+        """The batch's rollouts by question, with the learner's log-probs."""
         names = ["uid", "prompts", "responses", "old_log_probs", "rollout_log_probs", "extra_fields"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
         columns = {name: list(data[name].unbind()) for name in names[1:5]}
-        extra = [getattr(value, "data", value) for value in data["extra_fields"]]
-        method = self.parts.config.method
+        records = [getattr(value, "data", value) for value in data["extra_fields"]]
         count = int(self.config.actor_rollout_ref.rollout.n)
-        padding = [bool(tag.get("is_padding", False)) for tag in batch.tags]
+        padding = [i for i, tag in enumerate(batch.tags) if tag.get("is_padding", False)]
         # uid_session_output: sessions from n on are probes of session − n.
-        names_of = [key.rsplit("_", 2) for key in batch.keys]
-        sessions = [(uid, int(session)) for uid, session, _ in names_of]
-        order = [i for i in range(len(sessions)) if not padding[i]]
-        base_places = [i for i in order if sessions[i][1] < count]
-        probe_places = [i for i in order if sessions[i][1] >= count]
-        index = {sessions[i]: place for place, i in enumerate(base_places)}
-        groups = {uid: g for g, uid in enumerate(dict.fromkeys(sessions[i][0] for i in base_places))}
+        session_of = [(key.rsplit("_", 2)[0], int(key.rsplit("_", 2)[1])) for key in batch.keys]
+        order = [i for i in range(len(session_of)) if i not in set(padding)]
+        self._require_all(sum(session_of[i][1] < count for i in order), count)
+        place: dict[int, int] = {}
+        learned: dict[int, Tensor] = {}
+        base: dict[str, dict[int, Rollout]] = {}
+        probes: list[Probe] = []
+        for is_probe in (False, True):
+            for i in order:
+                uid, session = session_of[i]
+                if (session >= count) is not is_probe:
+                    continue
+                record, logps = records[i][AGENT], columns["old_log_probs"][i].float()
+                sampled = self._sampled(record, logps, columns["rollout_log_probs"][i].float())
+                prompt, tokens = columns["prompts"][i].tolist(), columns["responses"][i].tolist()
+                rollout = rollout_of(record, prompt, tokens, sampled.tolist())
+                place[id(rollout)], learned[id(rollout)] = i, logps
+                if is_probe:
+                    probes.append(probe_of(record, rollout, base[uid][session - count]))
+                else:
+                    base.setdefault(uid, {})[session] = rollout
+        groups = [
+            RolloutGroup(rollouts[0].question, rollouts)
+            for rollouts in (tuple(found.values()) for found in base.values())
+        ]
+        return Drawn(with_probes(groups, probes), place, learned, padding)
+
+    def _sampled(self, record: dict[str, Any], learned: Tensor, sampled: Tensor) -> Tensor:
+        """log π_old of a rollout: the sampler's where that is corrected; it never scored the cues."""
+        if not self.context.config.algorithm.mismatch_cap:
+            return learned
+        cue = torch.tensor(record["origins"]) == int(Origin.CUE)
+        return torch.where(cue, learned, sampled)
+
+    def _require_all(self, found: int, count: int) -> None:
         expected = count * int(self.config.data.train_batch_size)
-        if len(base_places) != expected:
+        if found != expected:
             raise RetrievalError(
-                f"step {self.global_steps}: {expected - len(base_places)} of {expected} rollouts were lost; "
+                f"step {self.global_steps}: {expected - found} of {expected} rollouts were lost; "
                 "the agent workers' log says why, and the run can be resumed from its last checkpoint"
             )
-        learned: dict[Any, Tensor] = {}
 
-        def rollout(i: int) -> Rollout:
-            prompt, tokens = columns["prompts"][i].tolist(), columns["responses"][i].tolist()
-            logps, record = columns["old_log_probs"][i].float(), extra[i][AGENT]
-            learned[tuple(prompt), tuple(tokens)] = logps
-            if method.mismatch_cap:  # the sampler's own, but for cues, which it never scored
-                cue = torch.tensor(record["origins"]) == int(Origin.CUE)
-                logps = torch.where(cue, logps, columns["rollout_log_probs"][i].float())
-            uid, session = sessions[i]
-            parent = index[uid, session - count] if session >= count else None
-            return rollout_of(record, prompt, tokens, logps.tolist(), parent)
+    def _scorer(self, batch: KVBatchMeta, drawn: Drawn) -> Score:
+        """Scores rows without their cue: each takes its probe's place in the queue and stays there."""
 
-        return Drawn(
-            [rollout(i) for i in base_places],
-            [rollout(i) for i in probe_places],
-            [groups[sessions[i][0]] for i in base_places],
-            base_places + probe_places,
-            [i for i, is_padding in enumerate(padding) if is_padding],
-        ), learned
-
-    def _scorer(self, batch: KVBatchMeta, found: Splices, learned: dict[Any, Tensor]) -> Score:
-        """Scores spliced rows (`internalize`): each takes its probe's place in the queue and stays there."""
-
-        def score(rows: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float) -> list[Tensor]:
-            if not rows:
-                return []
-            taken = [found.take((tuple(prompt), tuple(tokens))) for prompt, tokens in rows]
-            self._replace(batch, [place for place, _ in taken], [row for _, row in taken])
-            logps = self._log_probs(batch, [place for place, _ in taken])
-            learned.update(zip(((row.prompt, row.tokens) for _, row in taken), logps, strict=True))
+        def score(rows: Sequence[Row], temperature: float) -> list[Tensor]:
+            places = [drawn.place[id(row.source)] for row in rows]
+            self._replace(batch, places, rows)
+            logps = self._log_probs(batch, places)
+            drawn.learned.update(zip((id(row.source) for row in rows), logps, strict=True))
             return logps
 
         return score
@@ -201,42 +191,34 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["old_log_probs"])
         return [logp.float() for logp in data["old_log_probs"].unbind()]
 
-    def _write_back(self, batch: KVBatchMeta, drawn: Drawn, corrected: Corrected) -> KVBatchMeta:
+    def _write_back(self, batch: KVBatchMeta, drawn: Drawn, corrected: StepBatch) -> KVBatchMeta:
         """Streams into the queue; the batch without rejected probes, but for those it needs as padding."""
-        kept = [True] * len(drawn.base) + corrected.kept.tolist()
-        live = [place for place, keep in zip(drawn.places, kept, strict=True) if keep]
-        rejected = [place for place, keep in zip(drawn.places, kept, strict=True) if not keep]
-        streams = corrected.streams
-        weight = torch.where(streams.truncated, -streams.weight, streams.weight)  # see `loss`
-        weighted = bool((weight != 1).any())
-        columns: dict[str, list[Tensor]] = {
-            "old_log_probs": [],
-            "response_mask": [],
-            "rollout_is_weights": [],
-        }
-        for row, sample in enumerate(corrected.samples):
-            n = len(sample.tokens)
-            columns["old_log_probs"].append(streams.behaviour_logp[row, :n])
-            columns["response_mask"].append(streams.mask[row, :n].long())
-            columns["rollout_is_weights"].append(weight[row, :n])
+        places = [drawn.place[id(sample.source)] for sample in corrected.samples]
+        rejected = [drawn.place[id(p.rollout)] for p in corrected.probes if not p.kept]
+        weights = [signed_weight(sample) for sample in corrected.samples]
+        weighted = any(bool((weight != 1).any()) for weight in weights)
+        masks = [torch.tensor(sample.mask).long() for sample in corrected.samples]
         written = {
-            name: nested(rows) for name, rows in columns.items() if weighted or name != "rollout_is_weights"
+            "old_log_probs": nested([torch.tensor(sample.behaviour_logp) for sample in corrected.samples]),
+            "response_mask": nested(masks),
+            # verl counts a mini-batch's tokens in `loss_mask`, and masks its loss with `response_mask`.
+            "loss_mask": nested([mask.clone() for mask in masks]),
         }
-        # verl counts a mini-batch's tokens in `loss_mask`, and masks its loss with `response_mask`.
-        written["loss_mask"] = nested([mask.clone() for mask in columns["response_mask"]])
+        if weighted:
+            written["rollout_is_weights"] = nested(weights)
         keys = batch.keys
         tq.kv_batch_put(
-            keys=[keys[i] for i in live],
+            keys=[keys[i] for i in places],
             partition_id=batch.partition_id,
             fields=tu.get_tensordict(written),
         )
         multiple = self._get_required_batch_multiple(self._dp_size())
-        spare = [*drawn.dead, *rejected]
-        padding, gone = spare[: -len(live) % multiple], spare[-len(live) % multiple :]
+        spare = [*drawn.padding, *rejected]
+        padding, gone = spare[: -len(places) % multiple], spare[-len(places) % multiple :]
         self._silence(batch, padding, weighted)
         if gone:
             tq.kv_clear(keys=[keys[i] for i in gone], partition_id=batch.partition_id)
-        return self._balanced(batch, [*live, *padding])
+        return self._balanced(batch, [*places, *padding])
 
     def _silence(self, batch: KVBatchMeta, places: Sequence[int], weighted: bool) -> None:
         """Rows that stay as padding train nothing and stand in no group."""
@@ -276,13 +258,13 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """verl's update, with a number of mini-batches instead of a size."""
-        actor, minibatches = self.config.actor_rollout_ref.actor, self.parts.config.learner.minibatches
-        live = sum(not tag.get("is_padding", False) for tag in batch.tags)
+        actor, minibatches = self.config.actor_rollout_ref.actor, self.context.config.learner.minibatches
+        trained = sum(not tag.get("is_padding", False) for tag in batch.tags)
         batch.extra_info.update(
             calculate_entropy=bool(actor.calculate_entropy or actor.entropy_coeff != 0.0),
             distillation_use_topk=False,
             distillation_only=False,
-            global_batch_size=live / minibatches,
+            global_batch_size=trained / minibatches,
             num_mini_batch=minibatches,
             epochs=actor.ppo_epochs,
             seed=actor.data_loader_seed,
@@ -297,19 +279,12 @@ class RexragTrainer(PPOTrainerSync):  # type: ignore[misc]
 
     def _account(self, metrics: dict[str, Any]) -> None:
         """The step's row in the run folder; verl's own loggers get the same figures under `rexrag/`."""
-        assert self._collected is not None
-        config, progress = self.parts.config, self.progress
+        assert self._batch is not None
+        config = self.context.config
         learned = {ours: float(metrics[theirs]) for ours, theirs in LEARNED.items() if theirs in metrics}
         learned["updates"] = float(config.learner.minibatches)
-        row = account(
-            progress,
-            self._collected,
-            learned,
-            config.method,
-            next_keep_ratio(config.method, progress),
-            time.perf_counter() - self._started,
-        )
-        log_step(config, self.parts.codec, self.folder, row, self._collected)
+        row = account(self.progress, self._batch, learned, time.perf_counter() - self._started)
+        log_step(config, self.context.codec, self.folder, row, self._batch)
         metrics.update({f"rexrag/{name}": v for name, v in row.items() if isinstance(v, int | float)})
 
     # -- evaluate, save, resume ----------------------------------------------------------------------------
@@ -358,24 +333,29 @@ def evaluations_until(file: Path, step: int) -> int:
     return sum(len(line) for line in lines if json.loads(line)["step"] <= step)
 
 
-def collected(drawn: Drawn, corrected: Corrected) -> Collected:
-    """A step as `training.metrics` describes it. With a prefix cache, a prompt is read once a question."""
-    written = [(rollout, rollout.cut or 0) for rollout in (*drawn.base, *drawn.probes)]
+def signed_weight(sample: Sample) -> Tensor:
+    """The weight of each token, negative where its ratio is held constant (see `loss`): float [T]."""
+    weight = torch.tensor(sample.weight) if sample.weight else torch.ones(len(sample.tokens))
+    return torch.where(torch.tensor(sample.truncated), -weight, weight) if sample.truncated else weight
+
+
+def with_tokens(batch: StepBatch) -> StepBatch:
+    """The step with counts of its tokens. With a prefix cache, a prompt is read once a question."""
+    written = [(rollout, 0) for rollout in batch.rollouts]
+    written += [(probe.rollout, probe.cut) for probe in batch.probes]
 
     def count(rollout: Rollout, start: int, *origins: Origin) -> int:
         return sum(origin in origins for origin in rollout.origins[start:])
 
     inserted = Origin.CUE, Origin.EVIDENCE, Origin.NOTICE
-    prompts = sum(len(prompt) for prompt in {rollout.prompt for rollout in drawn.base})
-    prefilled = prompts + sum(count(rollout, start, *inserted) for rollout, start in written)
-    known = {field.name: getattr(corrected, field.name) for field in fields(Corrected)}
-    return Collected(
-        **known,
-        base=drawn.base,
-        probes=drawn.probes,
+    read = sum(len(prompt) for prompt in {rollout.prompt for rollout in batch.rollouts})
+    read += sum(count(rollout, start, *inserted) for rollout, start in written)
+    statistics = replace(
+        batch.statistics,
         generated_tokens=sum(count(rollout, start, Origin.POLICY) for rollout, start in written),
-        prefilled_tokens=prefilled + corrected.scored_tokens,
+        prefilled_tokens=read + batch.statistics.scored_tokens,
     )
+    return replace(batch, statistics=statistics)
 
 
 register_trainer(AGENT)(RexragTrainer)

@@ -11,26 +11,30 @@ from rexrag.config.files import parse_config
 from rexrag.config.schema import Config
 from rexrag.engine.loading import resolve
 from rexrag.method.cues import CueTrie
+from rexrag.method.dead_ends import Judge
 from rexrag.retrieval import make_retriever
-from rexrag.training.components import load_cues
+from rexrag.training.components import dead_end_judge, load_cues
 from rexrag.verl.search import BatchedSearch
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class WorkerContext:
     """What every episode of a process shares."""
 
     config: Config
     codec: HFCodec
     trie: CueTrie | None
     search: BatchedSearch
+    judge: Judge | None
+    """Of `dead_ends = "judge"`; here it cannot ask the engine for scores."""
 
 
 @cache
-def parts_of(toml: str) -> Parts:
-    """The parts that a configuration (the text of `config.toml`) asks for; made once in a process."""
+def worker_context(toml: str) -> WorkerContext:
+    """What a configuration (the text of `config.toml`) asks for; made once in a process."""
     config = parse_config(tomllib.loads(toml))
     codec = load_codec(resolve(config.policy.path))
     verl = config.verl
     search = BatchedSearch(make_retriever(config.retriever), verl.search_batch, verl.search_connections)
-    return Parts(config, codec, load_cues(config, codec), search)
+    judge = dead_end_judge(config, None)
+    return WorkerContext(config, codec, load_cues(config, codec), search, judge)

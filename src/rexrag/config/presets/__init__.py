@@ -1,37 +1,40 @@
 """Configurations shipped in the package: whole runs by name, and arms to lay over any run.
 
-`configs/` at the root of the repository is a link to them.
+An arm is an algorithm, an ablation shipped in `rexrag/experiments/ablations`, or a TOML file of your own.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rexrag.config.files import deep_merge, parse_config, read_toml
+from rexrag.config.algorithms import ALGORITHMS, DEFAULT_ALGORITHM
+from rexrag.config.files import nearest, parse_config, read_toml
 from rexrag.config.schema import Config
+from rexrag.config.upgrade import ARMS, NOT_TRAINED, lay_over, upgrade
 from rexrag.errors import ConfigError
+from rexrag.io import say_once
 
 FOLDER = Path(str(files("rexrag.config"))) / "presets"
 ABLATIONS = Path(str(files("rexrag"))) / "experiments" / "ablations"
 QUICKSTART = "quickstart"
-DEFAULT_ARM = "rex-rag-rescue"
-"""What `rexrag train` without a configuration or an arm runs; docs/experiments.md says why."""
 
 
 def resolve(config: str | Path | None, arm: str = "", overrides: Sequence[str] = ()) -> Config:
     """A configuration file (or the name of a shipped one), then an arm, then overrides; later ones win.
 
-    Raises ConfigError with one line that names the file, key or override.
+    A file that names no algorithm takes the default one, and says so. Raises ConfigError with one line that
+    names the file, key or override.
     """
-    path = config_path(config or QUICKSTART)
-    tree = read_toml(path)
+    where = str(config or QUICKSTART)
+    tree = upgrade(read_toml(config_path(config or QUICKSTART)), where)
     if arm:
-        tree = deep_merge(tree, arm_overlay(arm))
-    return parse_config(tree, overrides, where=str(config or QUICKSTART) + (f" + arm {arm}" if arm else ""))
+        tree = lay_over(tree, arm_overlay(arm))
+    elif "algorithm" not in tree and not any(o.startswith("algorithm.name") for o in overrides):
+        say_once(f"{where} names no algorithm: {DEFAULT_ALGORITHM} (--algorithm NAME chooses another)")
+    return parse_config(tree, overrides, where=where + (f" + {arm}" if arm else ""))
 
 
 def config_path(config: str | Path) -> Path:
@@ -40,26 +43,31 @@ def config_path(config: str | Path) -> Path:
     if Path(config).is_file() or not shipped.is_file():
         if not Path(config).is_file():
             known = sorted(path.stem for path in FOLDER.glob("*.toml"))
-            raise ConfigError(f"{config}: no such config file{_nearest(str(config), known)}")
+            raise ConfigError(f"{config}: no such config file{nearest(Path(config).stem, known)}")
         return Path(config)
     return shipped
 
 
 def arm_overlay(name: str) -> dict[str, Any]:
-    """The changes an arm makes: a file of that path, or a shipped arm. Raises ConfigError."""
+    """The changes that an arm makes; an old name is said to be one. Raises ConfigError."""
+    if name in NOT_TRAINED:
+        raise ConfigError(f"{name}: {NOT_TRAINED[name]}")
+    if name in ARMS:
+        say_once(f"{name} is now called {ARMS[name]}")
+        name = ARMS[name]
+    if name in ALGORITHMS:
+        return {"algorithm": {"name": name}, "arm": ""}
     path = Path(name)
     if path.suffix == ".toml":
-        return {**read_toml(path), "arm": path.stem}
+        return {**upgrade(read_toml(path), name), "arm": path.stem}
     shipped = ABLATIONS / f"{name}.toml"
     if not shipped.is_file():
-        raise ConfigError(f"arm '{name}': there is no such arm{_nearest(name, arm_names())}")
+        raise ConfigError(
+            f"algorithm '{name}': there is no such algorithm or ablation{nearest(name, arm_names())}"
+        )
     return {**read_toml(shipped), "arm": name}
 
 
 def arm_names() -> list[str]:
-    return sorted(path.stem for path in ABLATIONS.glob("*.toml"))
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.4)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+    """Algorithms first, then the shipped ablations."""
+    return [*ALGORITHMS, *sorted(path.stem for path in ABLATIONS.glob("*.toml"))]

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rexrag.config.schema import LearnerConfig, MethodConfig
+from rexrag.config.algorithms import Shared
+from rexrag.config.schema import LearnerConfig
 from rexrag.engine.learning.checkpoint import LearnerState, load_state, save_state
 from rexrag.engine.learning.packing import Pack, TokenRow, pack_rows
 from rexrag.errors import ConfigError
@@ -71,15 +72,17 @@ class LocalLearner:
         )
         self.state = LearnerState(torch.Generator().manual_seed(seed))
 
-    def update(self, samples: Sequence[Sample], method: MethodConfig, temperature: float) -> dict[str, float]:
+    def update(self, samples: Sequence[Sample], algorithm: Shared, temperature: float) -> dict[str, float]:
         """See `engine.base.Learner.update`.
 
         The rate warms up linearly over the first `warmup_steps` calls. Rows whose advantage is zero count in
         the normaliser but are not run, unless there is a KL term. A mini-batch without a row to run, or with
         a gradient that is not finite, makes no update. Raises ConfigError where `kl` has no reference.
         """
-        if method.kl > 0 and self.reference is None:
-            raise ConfigError(f"method.kl = {method.kl}: the learner was built without a reference model")
+        if algorithm.kl > 0 and self.reference is None:
+            raise ConfigError(
+                f"algorithm.kl = {algorithm.kl}: the learner was built without a reference model"
+            )
         rate = self.config.lr * min(1.0, (self.state.steps + 1) / max(1, self.config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -87,11 +90,11 @@ class LocalLearner:
         segments = torch.zeros(len(Segment), 3, dtype=torch.float64)
         order = torch.randperm(len(samples), generator=self.state.generator)
         for indices in order.tensor_split(self.config.minibatches):
-            self._minibatch([samples[i] for i in indices.tolist()], method, temperature, totals, segments)
+            self._minibatch([samples[i] for i in indices.tolist()], algorithm, temperature, totals, segments)
         self.state.steps += 1
         if totals["updates"] and self.mirror is not None:
             refresh(self.mirror, self.trained)
-        return {"lr": rate, **_metrics(totals, segments, method)}
+        return {"lr": rate, **_metrics(totals, segments, algorithm)}
 
     def save(self, folder: Path) -> None:
         """See `engine.base.Learner.save`. The weights load as a Hugging Face model unless they are a LoRA."""
@@ -104,12 +107,12 @@ class LocalLearner:
             refresh(self.mirror, self.trained)
 
     def gradient_norms(
-        self, samples: Sequence[Sample], method: MethodConfig, temperature: float
+        self, samples: Sequence[Sample], algorithm: Shared, temperature: float
     ) -> dict[str, float]:
         """See `engine.base.Learner.gradient_norms`. One backward pass for each segment that is there."""
         masks = [torch.tensor([sample.mask]) for sample in samples]
-        normalizer = sum(aggregation_normalizer(mask, method.aggregation) for mask in masks)
-        policy_only = method.model_copy(update={"kl": 0.0})
+        normalizer = sum(aggregation_normalizer(mask, algorithm.aggregation) for mask in masks)
+        policy_only = algorithm.model_copy(update={"kl": 0.0})
         norms = {}
         for segment in Segment:
             only = [restricted(sample, segment) for sample in samples]
@@ -135,14 +138,14 @@ class LocalLearner:
     def _minibatch(
         self,
         samples: Sequence[Sample],
-        method: MethodConfig,
+        algorithm: Shared,
         temperature: float,
         totals: Totals,
         segments: Tensor,
     ) -> None:
         masks = [torch.tensor([sample.mask]) for sample in samples]
-        normalizer = sum(aggregation_normalizer(mask, method.aggregation) for mask in masks)
-        run = [i for i, s in enumerate(samples) if any(s.mask) and (s.advantage != 0.0 or method.kl > 0)]
+        normalizer = sum(aggregation_normalizer(mask, algorithm.aggregation) for mask in masks)
+        run = [i for i, s in enumerate(samples) if any(s.mask) and (s.advantage != 0.0 or algorithm.kl > 0)]
         totals["rows"] += len(samples)
         totals["rows_skipped"] += len(samples) - len(run)
         totals["trained_tokens"] += sum(int(mask.sum()) for mask in masks)
@@ -152,7 +155,7 @@ class LocalLearner:
         rows: list[TokenRow] = [(sample.prompt, sample.tokens) for sample in samples]
         self.optimizer.zero_grad(set_to_none=True)
         for pack in pack_rows(rows, run, self.config.micro_tokens):
-            loss = self._loss(pack, samples, method, temperature, normalizer, totals, segments)
+            loss = self._loss(pack, samples, algorithm, temperature, normalizer, totals, segments)
             loss.backward()  # type: ignore[no-untyped-call]
             totals["micro_batches"] += 1
             totals["loss"] += float(loss.detach())
@@ -171,7 +174,7 @@ class LocalLearner:
         self,
         pack: Pack,
         samples: Sequence[Sample],
-        method: MethodConfig,
+        algorithm: Shared,
         temperature: float,
         normalizer: float,
         totals: Totals,
@@ -196,7 +199,7 @@ class LocalLearner:
         behaviour = stream([row.behaviour_logp for row in rows])
         advantages = torch.tensor([row.advantage for row in rows], device=device)
         mask = stream([row.mask for row in rows], torch.bool)
-        clip = method.clip_low, method.clip_high
+        clip = algorithm.clip_low, algorithm.clip_high
         truncated = None
         if any(row.truncated for row in rows):
             truncated = stream([r.truncated or (False,) * len(r.tokens) for r in rows], torch.bool)
@@ -204,18 +207,18 @@ class LocalLearner:
             logp, behaviour, advantages, mask, *clip,
             weight=stream([r.weight or (1.0,) * len(r.tokens) for r in rows])
             if any(r.weight for r in rows) else None,
-            truncated=truncated, truncation_cap=method.tail_cap,
-            aggregation=method.aggregation, normalizer=normalizer,
+            truncated=truncated,
+            aggregation=algorithm.aggregation, normalizer=normalizer,
         )  # fmt: skip
         totals["nonfinite_tokens"] += int(stats["nonfinite_tokens"])
-        if method.kl > 0:
+        if algorithm.kl > 0:
             assert self.reference is not None
             with torch.no_grad():
                 ref_logp = logps(self.reference)
             totals["reference_tokens"] += len(pack.ids)
-            kl, dropped = kl_penalty(logp, ref_logp, mask, method.aggregation, normalizer)
+            kl, dropped = kl_penalty(logp, ref_logp, mask, algorithm.aggregation, normalizer)
             totals["nonfinite_kl_tokens"] += dropped
-            loss = loss + method.kl * kl
+            loss = loss + algorithm.kl * kl
             totals["kl"] += float(kl.detach())
         label = stream([r.segment or (Segment.BASE,) * len(r.tokens) for r in rows], torch.long)
         segments += ratio_by_label(
@@ -231,7 +234,7 @@ def restricted(sample: Sample, segment: Segment) -> Sample:
     return replace(sample, mask=mask)
 
 
-def _metrics(totals: Totals, segments: Tensor, method: MethodConfig) -> dict[str, float]:
+def _metrics(totals: Totals, segments: Tensor, algorithm: Shared) -> dict[str, float]:
     """Means over updates of loss, KL and gradient norm; counts; ratio and clip share, also by segment."""
     counts = ("updates", "updates_skipped", "nonfinite_updates", "rows", "rows_skipped", "micro_batches",
               "trained_tokens", "nonfinite_tokens")  # fmt: skip
@@ -239,7 +242,7 @@ def _metrics(totals: Totals, segments: Tensor, method: MethodConfig) -> dict[str
     attempts = max(1, totals["updates"] + totals["nonfinite_updates"])
     metrics["loss"] = totals["loss"] / attempts
     metrics["grad_norm"] = totals["grad_norm"] / max(1, totals["updates"])
-    if method.kl > 0:
+    if algorithm.kl > 0:
         metrics["kl"] = totals["kl"] / attempts
         metrics["reference_tokens"] = totals["reference_tokens"]
         metrics["nonfinite_kl_tokens"] = totals["nonfinite_kl_tokens"]

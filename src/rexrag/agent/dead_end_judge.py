@@ -1,0 +1,72 @@
+"""Dead ends by a judge that never sees the gold answer: what it is given, and what it must return."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rexrag.errors import PluginError
+from rexrag.types import Rollout, StopReason, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class BlindRollout:
+    """A rollout without gold answers, reward, EM and verdict; fields as in `Rollout`."""
+
+    question: str
+    question_id: str
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    origins: tuple[int, ...]
+    logps: tuple[float, ...]
+    turns: tuple[Turn, ...]
+    stop: StopReason
+    answer: str | None
+    text: str
+    forced_last_turn: bool
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> BlindRollout:
+        same = {n: getattr(rollout, n) for n in cls.__dataclass_fields__ if not n.startswith("question")}
+        return cls(rollout.question.text, rollout.question.id, **same)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeContext:
+    """What a judge may ask of the engine; None where the engine cannot.
+
+    score: (rows of (prompt ids, response ids), temperature) -> log-probs of each row's response tokens.
+    """
+
+    score: Callable[[Sequence[tuple[Sequence[int], Sequence[int]]], float], list[Any]] | None = None
+    ask: Callable[..., Any] | None = None
+    hidden: Callable[..., Any] | None = None
+
+
+DeadEndJudge = Callable[[Sequence[BlindRollout], JudgeContext], Sequence[float]]
+"""P(dead end) of each rollout, in [0, 1]."""
+
+
+def blinded(
+    judge: DeadEndJudge, context: JudgeContext, name: str
+) -> Callable[[Sequence[Rollout]], Sequence[float]]:
+    """The judge as the method calls it. Raises PluginError where it returns no probabilities."""
+
+    def judged(rollouts: Sequence[Rollout]) -> list[float]:
+        said = judge([BlindRollout.of(rollout) for rollout in rollouts], context)
+        try:
+            chances = [float(chance) for chance in said]
+        except (TypeError, ValueError):
+            raise PluginError(f"dead-end judge {name}: returned {said!r}, expected probabilities") from None
+        if len(chances) != len(rollouts):
+            raise PluginError(
+                f"dead-end judge {name}: returned {len(chances)} values for {len(rollouts)} rollouts"
+            )
+        bad = [chance for chance in chances if math.isnan(chance) or not 0.0 <= chance <= 1.0]
+        if bad:
+            raise PluginError(f"dead-end judge {name}: returned {bad[0]}, expected a probability in [0, 1]")
+        return chances
+
+    return judged

@@ -1,0 +1,96 @@
+"""Reward and verdict of a finished rollout: who gives them, and that they are what they should be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+from rexrag.agent.reward import exact_match, f1
+from rexrag.config.schema import AgentConfig
+from rexrag.errors import PluginError
+from rexrag.plugins import load_plugin
+from rexrag.types import Question, Rollout
+
+Reward = Callable[[Rollout], float]
+"""What a rollout is worth. It sees turns, documents, answer and gold."""
+AnswerJudge = Callable[[str, Question], bool]
+"""Is this answer to the question correct?"""
+
+
+def answer_em(rollout: Rollout) -> float:
+    """Reward `em`: 1.0 where the answer equals a gold answer after normalisation."""
+    return rollout.em
+
+
+def answer_f1(rollout: Rollout) -> float:
+    """Reward `f1`: best token F1 against a gold answer, 0 without an answer."""
+    return 0.0 if rollout.answer is None else f1(rollout.answer, rollout.question.answers)
+
+
+def matches_exactly(answer: str, question: Question) -> bool:
+    """Judge `em`: exact match with a gold answer after normalisation."""
+    return exact_match(answer, question.answers) == 1.0
+
+
+REWARDS: dict[str, Reward] = {"em": answer_em, "f1": answer_f1}
+JUDGES: dict[str, AnswerJudge] = {"em": matches_exactly}
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """The reward and the judge of answers of a run. names: what an error calls them."""
+
+    reward: Reward = answer_em
+    judge: AnswerJudge = matches_exactly
+    names: tuple[str, str] = ("em", "em")
+
+    @classmethod
+    def of(
+        cls, config: AgentConfig, reward: Reward | None = None, judge: AnswerJudge | None = None
+    ) -> Scoring:
+        """What a configuration names; `reward` and `judge` take its place. Raises PluginError."""
+        named = _named(config.reward, config.answer_judge)
+        return cls(
+            reward or named.reward,
+            judge or named.judge,
+            (
+                getattr(reward, "__name__", config.reward) if reward else config.reward,
+                getattr(judge, "__name__", config.answer_judge) if judge else config.answer_judge,
+            ),
+        )
+
+    def scored(self, rollout: Rollout) -> Rollout:
+        """The rollout with EM, verdict and reward. Raises PluginError where these are no finite number."""
+        em, correct = 0.0, False
+        if rollout.answer is not None:
+            em = exact_match(rollout.answer, rollout.question.answers)
+            correct = self._judged(rollout.answer, rollout.question)
+        rollout = replace(rollout, em=em, correct=correct)
+        return replace(rollout, reward=self._rewarded(rollout))
+
+    def _judged(self, answer: str, question: Question) -> bool:
+        verdict = self.judge(answer, question)
+        if not isinstance(verdict, bool | int):
+            raise PluginError(f"answer judge {self.names[1]}: returned {verdict!r}, expected True or False")
+        return bool(verdict)
+
+    def _rewarded(self, rollout: Rollout) -> float:
+        value = self.reward(rollout)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise PluginError(f"reward {self.names[0]}: returned {value!r}, expected a finite number")
+        return number
+
+
+@cache
+def _named(reward: str, judge: str) -> Scoring:
+    return Scoring(
+        REWARDS.get(reward) or load_plugin(reward, "agent.reward", parameters=1, known=REWARDS),
+        JUDGES.get(judge) or load_plugin(judge, "agent.answer_judge", parameters=2, known=JUDGES),
+        (reward, judge),
+    )

@@ -1,0 +1,181 @@
+"""Settings of version 0.1.0, read as what they mean today; each new name is said once.
+
+0.1.0 had one flat `[method]` table; its switches decide which algorithm of today they are. A switch that is
+gone is refused where it was used, and dropped where it had its neutral value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rexrag.config.algorithms import ALGORITHMS, DEFAULT_ALGORITHM, Shared
+from rexrag.errors import ConfigError
+from rexrag.io import say_once
+
+PATHS = {"embedded": "tiny-hard", "embedded-middle": "tiny-middle", "embedded-easy": "tiny-easy"}
+"""Names of the shipped checkpoints, old -> new."""
+ARMS = {
+    "rex-rag-rescue": "rex-rag-distill",
+    "rex-rag-rescue-paper": "rex-rag-distill-probes",
+    "rex-rag-internalize": "rex-rag-context-distillation",
+    "rex-rag-internalize-truncated": "rex-rag-context-distillation-is",
+    "grpo-matched": "grpo-more-rollouts",
+    "resample": "probe-without-cue",
+    "probe-uncorrected": "probe-no-correction",
+}
+"""Names of arms, old -> new."""
+NOT_TRAINED = {
+    "rex-rag-trajectory": "multiple importance sampling is proven in rexrag.theory and cannot be trained"
+}
+"""Arms that are gone, and why."""
+
+_OLD_DEFAULTS: dict[str, Any] = {
+    "probe": True,
+    "realignment": "paper",
+    "tail": "one",
+    "probe_probability": 0.2,
+    "probe_target": 0.0,
+    "probe_groups": "all",
+    "filter": "cue-logp",
+    "keep_ratio": 0.08,
+    "keep_per_group": 0,
+}
+"""Of `[method]` in 0.1.0, where an algorithm of today has another default."""
+_GONE: dict[str, tuple[Any, ...]] = {
+    "keep": ("fixed",),
+    "keep_floor": (),
+    "keep_momentum": (),
+    "probe_forced_turn": (False,),
+    "tail_cap": (1.0,),
+}
+"""Switches of `[method]` that are gone -> their neutral values; none: neutral beside the others."""
+_GONE_VALUES = {
+    "aggregation": ("sequence-mean",),
+    "filter": ("random",),
+    "realignment": ("trajectory",),
+}
+_SUFFIX = {"one": "clipped", "truncated": "truncated-is", "unclipped": "unclipped"}
+_CORRECTION = {"paper": "mixture", "none": "none"}
+MOVED = {"cues": ("agent", "cues")}
+"""Keys of `[method]` that are in another table now."""
+
+
+def upgrade(tree: Mapping[str, Any], where: str, strict: bool = True) -> dict[str, Any]:
+    """A parsed configuration of any version as one of this version. Not strict: what is gone is dropped.
+
+    Not strict is for reading a run that is over. Raises ConfigError.
+    """
+    new = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    _rename_values(new, where)
+    method = new.pop("method", None)
+    if isinstance(method, dict):
+        if "algorithm" in new:
+            raise ConfigError(f"{where}: both [method] and [algorithm]; [method] is the old name, remove it")
+        for key, (table, leaf) in MOVED.items():
+            if key in method:
+                new.setdefault(table, {}).setdefault(leaf, method.pop(key))
+        new["algorithm"] = algorithm_of(method, where, strict)
+        say_once(f'{where}: [method] is read as [algorithm] name = "{new["algorithm"]["name"]}"')
+    return new
+
+
+def _rename_values(tree: dict[str, Any], where: str) -> None:
+    """Values that have a new name; `tree` is changed."""
+    policy, agent = tree.get("policy"), tree.get("agent")
+    if isinstance(policy, dict) and policy.get("path") in PATHS:
+        said = policy["path"]
+        policy["path"] = PATHS[said]
+        say_once(f"{where}: policy.path '{said}' is now called '{policy['path']}'")
+    if isinstance(agent, dict) and agent.pop("format_reward", 0) not in (0, 0.0):
+        raise ConfigError(f"{where}: agent.format_reward is gone; write a reward plug-in (agent.reward)")
+    verl = tree.get("verl")
+    if isinstance(verl, dict):
+        for key in ("gpu_tflops", "gpu_bandwidth"):  # of an estimate of time that is gone
+            verl.pop(key, None)
+    if tree.get("arm") in ARMS:
+        tree["arm"] = ARMS[tree["arm"]]
+    if tree.get("arm") in ALGORITHMS:  # the algorithm's own name is the label
+        tree["arm"] = ""
+
+
+def algorithm_of(method: Mapping[str, Any], where: str, strict: bool = True) -> dict[str, Any]:
+    """The `[algorithm]` table that a `[method]` table of 0.1.0 means. Raises ConfigError."""
+    old = _without_gone(method, where, strict)
+    known = _OLD_DEFAULTS | old
+    realignment = known.pop("realignment")
+    suffix, probe = _SUFFIX.get(known["tail"], known["tail"]), known.pop("probe")
+    known.pop("tail")
+    if not probe:
+        name = "grpo"
+    elif realignment == "internalize":
+        name = DEFAULT_ALGORITHM
+        known["suffix_weight"] = suffix
+    else:
+        name = "rex-rag"
+        known["correction"] = _CORRECTION.get(realignment, realignment)
+    fields = ALGORITHMS[name].model_fields
+    anywhere = {field for kind in ALGORITHMS.values() for field in kind.model_fields}
+    # A key that only another algorithm has was without effect; one that none has is a mistake.
+    return {"name": name} | {k: v for k, v in known.items() if k in fields or k not in anywhere}
+
+
+def _without_gone(method: Mapping[str, Any], where: str, strict: bool) -> dict[str, Any]:
+    kept = {}
+    adaptive = method.get("keep") == "adaptive"
+    for key, value in method.items():
+        neutral = _GONE.get(key)
+        gone = neutral is not None or value in _GONE_VALUES.get(key, ())
+        used = gone and value not in (neutral or ()) and not (neutral == () and not adaptive)
+        if used and strict:
+            raise ConfigError(f"{where}: method.{key} = {value!r} is gone, see CHANGELOG.md")
+        if not gone:
+            kept[key] = value
+    extra = [k for k in kept.get("dead_ends", ()) if k not in ("wrong", "unanswered")]
+    if extra and strict:
+        raise ConfigError(f"{where}: method.dead_ends has {extra[0]!r}, which is gone: wrong, unanswered")
+    if extra:
+        kept["dead_ends"] = [k for k in kept["dead_ends"] if k not in extra] or ["wrong"]
+    return kept
+
+
+def upgrade_key(key: str, value: Any) -> tuple[str, Any]:
+    """The dotted key and the value of today for an override of 0.1.0, as they are where nothing changed.
+
+    Raises ConfigError for a switch that decides which algorithm runs.
+    """
+    table, _, leaf = key.partition(".")
+    if key == "policy.path" and value in PATHS:
+        return key, PATHS[value]
+    if table != "method":
+        return key, value
+    if leaf in ("probe", "realignment"):
+        raise ConfigError(
+            f"--set {key}: which algorithm runs is --algorithm NAME now ({', '.join(ALGORITHMS)})"
+        )
+    if leaf in _GONE:
+        raise ConfigError(f"--set {key}: this switch is gone, see CHANGELOG.md")
+    if leaf == "tail":
+        new, value = "algorithm.suffix_weight", _SUFFIX.get(value, value)
+    elif leaf in MOVED:
+        new = ".".join(MOVED[leaf])
+    else:
+        new = f"algorithm.{leaf}"
+    say_once(f"--set {key}: this key is now called {new}")
+    return new, value
+
+
+def lay_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, both of this version: tables merge, anything else replaces.
+
+    Where `over` names another algorithm, only the settings that all algorithms share stay of the old one.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            if key == "algorithm" and value.get("name", old.get("name")) != old.get("name"):
+                old = {k: v for k, v in old.items() if k in Shared.model_fields and k != "name"}
+            value = lay_over(old, value)
+        merged[key] = value
+    return merged

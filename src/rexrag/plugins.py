@@ -1,0 +1,61 @@
+"""Plug-ins by dotted name: `"my_package.module:name"`. Importing one runs its code."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Collection
+from typing import Any
+
+from rexrag.errors import PluginError
+
+
+def is_dotted(name: str) -> bool:
+    """Is this the name of a plug-in, not of something built in?"""
+    return ":" in name
+
+
+def load_plugin(name: str, key: str, parameters: int = 0, known: Collection[str] = ()) -> Any:
+    """What a dotted name stands for. Raises PluginError with one line.
+
+    key: the setting that names it. parameters: how many positional arguments it must take; 0 does not look.
+    known: the built-in names beside it, for the message.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not module_name or not attribute:
+        close = difflib.get_close_matches(name, list(known), n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"expected {', '.join([*known, 'module:name'])}"
+        raise PluginError(f"{key} = '{name}': {hint}")
+    if os.getcwd() not in sys.path:  # a user's own module lies beside the configuration
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise PluginError(f"{key} = '{name}': cannot be imported: {type(error).__name__}: {error}") from None
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            close = difflib.get_close_matches(part, [n for n in dir(found) if n[0] != "_"], n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise PluginError(f"{key} = '{name}': {module_name} has no '{part}'{hint}")
+        found = getattr(found, part)
+    if parameters:
+        require_parameters(found, parameters, f"{key} = '{name}'")
+    return found
+
+
+def require_parameters(function: Any, count: int, what: str) -> None:
+    """Can it be called with `count` positional arguments? Raises PluginError."""
+    if not callable(function):
+        raise PluginError(f"{what}: is a {type(function).__name__}, expected a function")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built in without a signature
+        return
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        raise PluginError(f"{what}: takes {signature}, expected {count} positional arguments") from None
