@@ -18,6 +18,12 @@ def is_dotted(name: str) -> bool:
     return ":" in name
 
 
+def dotted_name(thing: Any) -> str:
+    """The name under which a function, class or object of a module could be found again."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
 def load_plugin(name: str, key: str, parameters: int = 0, known: Collection[str] = ()) -> Any:
     """What a dotted name stands for. Raises PluginError with one line.
 

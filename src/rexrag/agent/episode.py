@@ -23,17 +23,10 @@ from typing import Protocol
 from weakref import WeakKeyDictionary, ref
 
 from rexrag.agent.prompts import render_prompt
-from rexrag.agent.protocols.tags import (
-    EVIDENCE_CLOSE,
-    EVIDENCE_OPEN,
-    NOTICE,
-    Action,
-    parse_action,
-    render_evidence,
-)
+from rexrag.agent.protocols import Action, AgentProtocol, protocol_of
 from rexrag.agent.scoring import Scoring
 from rexrag.config.schema import AgentConfig
-from rexrag.errors import ConfigError, DataError
+from rexrag.errors import DataError
 from rexrag.types import Document, Origin, Probe, Question, Rollout, StopReason, Turn
 
 POLICY = int(Origin.POLICY)
@@ -72,34 +65,36 @@ class State(StrEnum):
 
 
 class _Tables(dict[int, bool]):
-    """What is worth keeping about a codec: token id -> may it end a turn, and the environment's own tokens.
+    """What is kept of a codec under a protocol: token id -> may it end a turn, and the notice's tokens.
 
-    Only a token whose own text holds ">" can complete a closing tag, whatever it is merged with, so that no
-    other token needs a look at the text.
+    Only a token that holds the last character of a stop string can complete one, whatever it is merged with,
+    so that no other token needs a look at the text.
     """
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, protocol: AgentProtocol, evidence_tokens: int) -> None:
         super().__init__()
         self.codec = ref(codec)  # a strong reference would keep the codec alive through its own table
         self.eos = codec.eos_ids
-        self.notice = tuple(codec.encode(NOTICE))
-        self.frame = len(codec.encode(EVIDENCE_OPEN)) + len(codec.encode(EVIDENCE_CLOSE))
+        self.last = {text[-1] for text in protocol.stop_strings}
+        self.notice = tuple(codec.encode(protocol.notice))
+        protocol.render_evidence((), codec, evidence_tokens)  # refuses where an empty frame does not fit
 
     def __missing__(self, token: int) -> bool:
         codec = self.codec()
         assert codec is not None
-        stops = self[token] = token in self.eos or ">" in codec.decode([token])
+        text = codec.decode([token])
+        stops = self[token] = token in self.eos or any(character in text for character in self.last)
         return stops
 
 
-_TABLES: WeakKeyDictionary[Codec, _Tables] = WeakKeyDictionary()
+_TABLES: WeakKeyDictionary[Codec, dict[tuple[str, int], _Tables]] = WeakKeyDictionary()
 
 
-def _tables(codec: Codec) -> _Tables:
-    tables = _TABLES.get(codec)
-    if tables is None:
-        tables = _TABLES[codec] = _Tables(codec)
-    return tables
+def _tables(codec: Codec, name: str, evidence_tokens: int) -> _Tables:
+    known = _TABLES.setdefault(codec, {})
+    if (name, evidence_tokens) not in known:
+        known[name, evidence_tokens] = _Tables(codec, protocol_of(name), evidence_tokens)
+    return known[name, evidence_tokens]
 
 
 class Episode:
@@ -122,12 +117,8 @@ class Episode:
         and judge of answers, None for those that `config` names."""
         self.question, self.codec, self.config, self.topk = question, codec, config, topk
         self.scoring = scoring or Scoring.of(config)
-        self._stops = _tables(codec)
-        if config.evidence_tokens < self._stops.frame:
-            raise ConfigError(
-                f"agent.evidence_tokens = {config.evidence_tokens}: an empty <information> block "
-                f"takes {self._stops.frame} tokens"
-            )
+        self.protocol = protocol_of(config.protocol)
+        self._stops = _tables(codec, config.protocol, config.evidence_tokens)
         if message is None:
             message = render_prompt(config.template, question.text)
         self.prompt: tuple[int, ...] = tuple(codec.prompt(message))
@@ -192,7 +183,8 @@ class Episode:
         documents = documents[: self.topk]
         self.turns[-1] = replace(self.turns[-1], documents=tuple(d.id for d in documents))
         self.query = ""
-        self._force(render_evidence(documents, self.codec, self.config.evidence_tokens), Origin.EVIDENCE)
+        shown = self.protocol.render_evidence(documents, self.codec, self.config.evidence_tokens)
+        self._force(shown, Origin.EVIDENCE)
 
     @property
     def tokens_left(self) -> int:
@@ -275,7 +267,7 @@ class Episode:
         text, action = "", None
         if token not in self._stops.eos:
             text = self.codec.decode(self.tokens[self._read_from :])
-            action = parse_action(text)
+            action = self.protocol.parse_action(text)
         if action is not None:
             self._end_turn(self._record(text, action))
         elif token in self._stops.eos or len(self.tokens) >= self._limit:

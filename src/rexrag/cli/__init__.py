@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from rexrag.cli import evaluation, models, search, tools, training
+from rexrag.cli import config, evaluation, models, search, tools, training
 from rexrag.errors import RexragError
 from rexrag.io import printable
 
@@ -24,6 +24,7 @@ evaluation.register(app)
 tools.register(app)
 search.register(app)
 models.register(app)
+config.register(app)
 
 
 @app.callback()

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from rexrag.config import presets
 from rexrag.config.files import dump_toml, load_config
+from rexrag.config.plugin_keys import require_plugins_allowed
 from rexrag.config.schema import ENDLESS, SPENT, Budget, Config
 from rexrag.errors import ConfigError
 from rexrag.io import write_text
@@ -33,6 +34,9 @@ SEEDS_TO_TELL = 6
 """Of 2⁵ ways to flip signs of five pairs two are as extreme as all alike: p is .0625 at least."""
 OVERSHOT = 0.2
 """Share of the budget by which a last step may pass it without a word."""
+AllowPlugins = Annotated[
+    bool, typer.Option("--allow-plugins", help="Import plug-ins that the run folder names.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -59,6 +63,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="engine = verl: what would run, and does it fit; then stop.")
     ] = False,
+    allow_plugins: AllowPlugins = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a search agent, show that it got better, and leave a run folder with a page.
@@ -84,6 +89,7 @@ def train(
             )
         check_resumable(out)
         settings = presets.resolve(out / "config.toml", algorithm, overrides)
+        require_plugins_allowed(settings, allow_plugins, out / "config.toml")
         control = _kept_control(settings, out, overrides)
     else:
         settings = presets.resolve(config, algorithm, overrides)
@@ -126,8 +132,8 @@ def _show_dry_run(settings: Config, as_json: bool) -> None:
 
 def _run_parts(parts: list[Part], resume: bool, console: Console) -> list[Summary]:
     """Train the run and its control; a resume skips what is over and begins again what saved nothing."""
+    from rexrag.api.runs import run_training as run
     from rexrag.cli.display import RunProgress
-    from rexrag.training.loop import train as run
     from rexrag.training.trackers import Together, open_trackers
 
     summaries: list[Summary] = []

@@ -56,6 +56,13 @@ def make_retriever(
             raise ConfigError("retriever.url is empty; retriever.kind = 'remote' needs a /retrieve address")
         return RemoteRetriever(config.url, timeout=config.timeout, retries=config.retries)
 
+    if config.kind == "plugin":
+        from rexrag.retrieval.plugin import load_retriever
+
+        if not config.plugin:
+            raise ConfigError("retriever.plugin is empty; retriever.kind = 'plugin' needs 'module:name'")
+        return load_retriever(config.plugin)
+
     if config.url:
         raise ConfigError(
             f"retriever.url = '{config.url}', but retriever.kind = '{config.kind}' does not use it; "

@@ -60,7 +60,7 @@ class Probes:
     logp: Tensor
     """log π of its tokens, float64 [O, H]."""
     spliced: Paths
-    """The outcome as `internalize` trains it."""
+    """The outcome as context distillation trains it."""
     spliced_cut: Tensor
 
 

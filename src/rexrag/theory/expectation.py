@@ -38,9 +38,11 @@ class Estimator:
     """One way to turn a batch into a gradient. The defaults are the exact setting of METHOD §4.4."""
 
     probes: bool = True
-    realignment: Literal["trajectory", "paper", "none", "internalize"] = "trajectory"
+    correction: Literal["multiple-importance-sampling", "mixture", "none", "context-distillation"] = (
+        "multiple-importance-sampling"
+    )
     cue_density: Literal["fine", "coarse"] = "fine"
-    tail: Literal["one", "truncated"] = "one"
+    suffix_weight: Literal["clipped", "truncated-is"] = "clipped"
     prefix_loss: Literal["all", "none"] = "all"
     alpha: Literal["expected", "realised"] = "expected"
     failure_rate: Literal["dead ends", "inaccuracy", "realised"] = "dead ends"
@@ -88,7 +90,7 @@ def expected_gradient(
         base += setting.base_coefficients()
         if setting.expected_kept:
             probe += setting.probe_coefficients()
-    rows = world.probes.spliced if estimator.realignment == "internalize" else world.probes.paths
+    rows = world.probes.spliced if estimator.correction == "context-distillation" else world.probes.paths
     total = (base * world.paths.logp(table)).sum() + (probe * rows.logp(table)).sum()
     return torch.autograd.grad(total, table)[0].flatten()
 
@@ -142,9 +144,9 @@ class _Setting:
         unprobed = sum((self._expected(*kind) for kind in kinds), torch.zeros_like(world.probability))
         rows = world.logp
         behaviour, weight = rows, torch.ones(len(rows), dtype=torch.float64)
-        if self.estimator.realignment == "paper":
+        if self.estimator.correction == "mixture":
             behaviour = mixture_log_density(rows, torch.full_like(rows, -torch.inf), self.alpha)
-        elif self.estimator.realignment == "trajectory":
+        elif self.estimator.correction == "multiple-importance-sampling":
             log_r = self._base_log_ratio()
             weight = trajectory_weights(log_r, self.alpha)
         by_right = torch.zeros(self.kept + 1, len(rows), dtype=torch.float64)
@@ -164,14 +166,14 @@ class _Setting:
 
     def probe_coefficients(self) -> Tensor:
         """[O, H]: the same for the outcomes of the kept probes."""
-        world, probes, kind = self.world, self.world.probes, self.estimator.realignment
+        world, probes, kind = self.world, self.world.probes, self.estimator.correction
         expected = self.expected_kept * self._kept_share()
         written = probes.paths.written
         logp = probes.logp
         behaviour, weight, truncated = logp, torch.ones(len(logp), dtype=torch.float64), None
-        if kind == "trajectory":
+        if kind == "multiple-importance-sampling":
             weight = trajectory_weights(self._path_log_ratio()[probes.path], self.alpha)
-        elif kind == "paper":
+        elif kind == "mixture":
             density = probe_log_densities(
                 logp,
                 probes.origin,
@@ -183,11 +185,11 @@ class _Setting:
                 len(world.trie),
             )
             behaviour = mixture_log_density(logp, density, self.alpha)
-        elif kind == "internalize":
-            logp, behaviour, truncated = self._internalized(logp)
+        elif kind == "context-distillation":
+            logp, behaviour, truncated = self._without_cue(logp)
             written = probes.spliced.written
         if self.estimator.prefix_loss == "none":
-            cut = probes.spliced_cut if kind == "internalize" else probes.cut
+            cut = probes.spliced_cut if kind == "context-distillation" else probes.cut
             written = written & (torch.arange(written.shape[1])[None, :] >= cut[:, None])
         reward = probes.paths.reward
         total = torch.zeros_like(logp)
@@ -224,17 +226,17 @@ class _Setting:
         )
         return -torch.autograd.grad(loss, leaf)[0] / self.divisor
 
-    def _internalized(self, logp: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _without_cue(self, logp: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(log π of the spliced row, what its ratio divides by, which tokens are truncated)."""
         probes = self.world.probes
         spliced = probes.spliced.logp(self.world.table)
-        if self.estimator.tail == "one":
+        if self.estimator.suffix_weight == "clipped":
             return spliced, spliced, None
         position = torch.arange(logp.shape[1])[None, :]
-        is_tail = position >= probes.spliced_cut[:, None]
+        is_suffix = position >= probes.spliced_cut[:, None]
         dropped = (probes.cut + probes.cue_length - probes.spliced_cut)[:, None]
         written_by = torch.nn.functional.pad(logp, (0, logp.shape[1])).gather(1, position + dropped)
-        return spliced, torch.where(is_tail, written_by, spliced), is_tail
+        return spliced, torch.where(is_suffix, written_by, spliced), is_suffix
 
     def _path_log_ratio(self) -> Tensor:
         """log r of every path: probing's density over π, summed over the cuts and cues that explain it."""

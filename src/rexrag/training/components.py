@@ -23,6 +23,7 @@ from rexrag.method.dead_ends import Judge
 from rexrag.plugins import load_plugin
 from rexrag.retrieval import check_service, make_retriever
 from rexrag.retrieval.base import Retriever
+from rexrag.training.callbacks import Callback
 from rexrag.training.step import StepContext
 from rexrag.types import Document, Question
 
@@ -49,6 +50,7 @@ class Plugins:
     answer_judge: AnswerJudge | None = None
     dead_end_judge: DeadEndJudge | None = None
     retriever: Retriever | None = None
+    callbacks: tuple[Callback, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

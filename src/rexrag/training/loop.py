@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -26,6 +26,7 @@ from rexrag.io import write_json
 from rexrag.method.probing import adaptive_probability, update_probe_success
 from rexrag.retrieval import make_retriever
 from rexrag.stats import interval
+from rexrag.training.callbacks import Events, Observer, load_callbacks
 from rexrag.training.components import Components, Data, Plugins, build
 from rexrag.training.metrics import describe, diagnose
 from rexrag.training.rollout_log import trace_rows
@@ -44,16 +45,6 @@ from rexrag.types import Question, StepBatch
 
 COUNTS = ("step", "generated_tokens", "prefilled_tokens", "spent_tokens", "rollouts")
 """Cumulative counts that every row of `metrics.jsonl` and `eval.jsonl` carries."""
-
-
-class Observer(Protocol):
-    """Told what happens; the command line draws a progress bar, tests and libraries pass nothing."""
-
-    def started(self, config: Config, folder: Path) -> None: ...
-
-    def evaluated(self, figures: dict[str, Any]) -> None: ...
-
-    def stepped(self, row: dict[str, Any], done: float) -> None: ...
 
 
 @dataclass(slots=True)
@@ -101,12 +92,10 @@ def train(
     known to be well. An interrupt finishes the step, saves, and raises KeyboardInterrupt.
     Raises RexragError with one line.
     """
-    if config.engine == "verl":
-        from rexrag.verl.launch import launch
-
-        return launch(config, folder, resume, restart)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    plugins = plugins or Plugins()
+    events = Events(observer, load_callbacks(config, plugins.callbacks))
     components = build(config, plugins)
     if len(components.data.train) < config.train.questions:
         raise DataError(
@@ -115,11 +104,11 @@ def train(
         )
     with open_run(folder, config, resume=resume, restart=restart):
         warn_of_overlap(components.data)
-        return _run(config, components, folder, resume, observer)
+        return _run(config, components, folder, resume, events)
 
 
 def _run(
-    config: Config, components: Components, folder: Path, resume: bool, observer: Observer | None
+    config: Config, components: Components, folder: Path, resume: bool, events: Events
 ) -> dict[str, Any]:
     progress = Progress(digests=components.digests)
     if resume:
@@ -127,19 +116,17 @@ def _run(
         follow_config(folder, config, progress.step)
     else:
         write_json(folder / "environment.json", environment(**components.digests))
-    if observer:
-        observer.started(config, folder)
+    events.started(config, folder)
     if progress.step == 0 and not resume:
-        _evaluate(config, components, folder, progress, observer)
+        _evaluate(config, components, folder, progress, events)
     with _interrupts() as interrupted:
         while not _finished(config, progress):
             before = progress.done(config)
             row = _step(config, components, folder, progress)
-            if observer:
-                observer.stepped(row, progress.done(config))
+            events.stepped(row, progress.done(config))
             last = _finished(config, progress)
             if last or _evaluation_due(config, before, progress.done(config)):
-                _evaluate(config, components, folder, progress, observer)
+                _evaluate(config, components, folder, progress, events)
             if last or interrupted() or progress.step % config.train.save_every == 0:
                 _save(config, components, folder, progress)
             if interrupted() and not last:
@@ -147,6 +134,7 @@ def _run(
         summary = summarise(config, folder, progress)
         if interrupted():  # in the last step: the run is whole, but what would come after it is not wanted
             raise KeyboardInterrupt
+    events.ended(summary)
     return summary
 
 
@@ -274,7 +262,7 @@ def _evaluation_due(config: Config, before: float, after: float) -> bool:
 
 
 def _evaluate(
-    config: Config, components: Components, folder: Path, progress: Progress, observer: Observer | None
+    config: Config, components: Components, folder: Path, progress: Progress, events: Events
 ) -> None:
     if not components.data.dev:
         return
@@ -285,8 +273,7 @@ def _evaluate(
         figures = evaluate(components.policy, data.dev, retriever, config, components.step.scoring).figures
         row = position(progress) | {"set": name, **figures}
         append(folder / "eval.jsonl", [row])
-        if observer:
-            observer.evaluated(row)
+        events.evaluated(row)
 
 
 def _save(config: Config, components: Components, folder: Path, progress: Progress) -> None:

@@ -26,6 +26,7 @@ from verl.experimental.agent_loop.agent_loop import (
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
 from rexrag.agent.episode import Episode, State
+from rexrag.agent.protocols import protocol_of
 from rexrag.config.algorithms import Probing
 from rexrag.method.probing import adaptive_probability, plan, update_probe_success
 from rexrag.training.step import fork_probe
@@ -35,10 +36,9 @@ from rexrag.verl.drive import drive
 from rexrag.verl.records import AGENT, question_of, rollout_record
 from rexrag.verl.worker_context import worker_context
 
-CLOSING_TAGS = ["</search>", "</answer>"]
 STOP_PARAMETERS: dict[str, dict[str, Any]] = {
-    "vllm": {"stop": CLOSING_TAGS, "include_stop_str_in_output": True},
-    "sglang": {"stop": CLOSING_TAGS, "no_stop_trim": True},
+    "vllm": {"include_stop_str_in_output": True},
+    "sglang": {"no_stop_trim": True},
 }
 """How each rollout engine is told to stop at an action. Another one goes on; the rest is dropped."""
 
@@ -63,6 +63,7 @@ class RexragLoop(AgentLoopBase):  # type: ignore[misc]
         config = parts.config
         start = time.perf_counter()
         stop = STOP_PARAMETERS.get(self.rollout_config.name, STOP_PARAMETERS["vllm"])
+        stop = {**stop, "stop": list(protocol_of(config.agent.protocol).stop_strings)}
         request = uuid.uuid4().hex
         seen: dict[str, Any] = {}
 

@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
 
+from rexrag.agent.protocols.base import Action, TokenCodec
 from rexrag.errors import ConfigError
 from rexrag.types import Document
-
-ActionKind = Literal["search", "answer"]
 
 NOTICE = (
     "\n\nThat was not a valid action. To look something up, write the query inside search tags. "
@@ -52,24 +49,6 @@ _FOREIGN_NOTICE = re.compile(
 )
 _LONGEST_TOKEN = 64
 """Characters a token may take on average before a passage is cut short of its budget; bounds the work."""
-
-
-class TokenCodec(Protocol):
-    """The part of `episode.Codec` that rendering needs."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """A complete action; `start:end` are its characters, from opening to closing tag, both included."""
-
-    kind: ActionKind
-    argument: str
-    start: int
-    end: int
 
 
 def parse_action(text: str) -> Action | None:
@@ -201,3 +180,16 @@ def _notice_spans(text: str) -> Iterator[tuple[int, int]]:
     for pattern in (_OWN_NOTICE, _FOREIGN_NOTICE):
         for match in pattern.finditer(text):
             yield match.span()
+
+
+class Tags:
+    """The protocol `tags`, as an episode uses it."""
+
+    notice: str = NOTICE
+    stop_strings: tuple[str, ...] = ("</search>", "</answer>")
+
+    def parse_action(self, text: str) -> Action | None:
+        return parse_action(text)
+
+    def render_evidence(self, documents: Sequence[Document], codec: TokenCodec, max_tokens: int) -> list[int]:
+        return render_evidence(documents, codec, max_tokens)

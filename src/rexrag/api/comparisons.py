@@ -1,0 +1,74 @@
+"""Comparing algorithms from Python: `compare`, and the `Comparison` that comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rexrag.config import presets
+from rexrag.config.schema import Budget
+from rexrag.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A finished comparison. `figures` is what `compare.json` holds."""
+
+    folder: Path
+    figures: dict[str, Any]
+    runs: tuple[Path, ...]
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the page (default: `report.html` in the folder) and return its path."""
+        from rexrag.report import write_report
+
+        page = Path(out) if out else self.folder / "report.html"
+        return write_report(list(self.runs), page, self.figures["control"], self.figures["budget"])
+
+    def difference(self, algorithm: str) -> dict[str, float]:
+        """Held-out EM at the budget against the control: {value, low, high, n, p}, paired by seed."""
+        arms = self.figures["arms"]
+        if algorithm not in arms or algorithm == self.figures["control"]:
+            others = ", ".join(name for name in arms if name != self.figures["control"])
+            raise ConfigError(f"difference('{algorithm}'): expected one of {others}")
+        return dict(arms[algorithm]["em_at_budget_difference"])
+
+    def to_pandas(self) -> Any:
+        """One row for each algorithm and seed. Needs pandas."""
+        from rexrag.api.tables import data_frame
+
+        rows = [
+            {"algorithm": arm, "seed": seed, **{k: v for k, v in run.items() if isinstance(v, int | float)}}
+            for arm, figures in self.figures["arms"].items()
+            for seed, run in zip(self.figures["seeds"], figures["runs"], strict=True)
+        ]
+        return data_frame(rows)
+
+
+def compare(
+    algorithms: Sequence[str],
+    config: str | Path = presets.QUICKSTART,
+    *,
+    seeds: int | Sequence[int] = 6,
+    budget: tuple[Budget, float] = ("generated", 60_000),
+    out: str | Path = "runs/compare",
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Train every algorithm with every seed at the same budget and compare them in pairs.
+
+    algorithms: names of algorithms or shipped ablations, or TOML files; the first is the control. seeds: how
+    many, counted from 1, or which. budget: what the runs spend alike ("generated" tokens, "tokens" of any
+    kind, "rollouts", "time" in seconds), and how much. out: a comparison that was killed goes on in it.
+    say: gets a line for each finished run. Raises ConfigError, RunFolderError.
+
+    >>> rexrag.compare(["grpo", "rex-rag-distill"], seeds=6).report()    # doctest: +SKIP
+    """
+    from rexrag.experiments import runner
+
+    wanted = list(range(1, seeds + 1)) if isinstance(seeds, int) else list(seeds)
+    work = runner.plan(str(config), algorithms, wanted, *budget, overrides)
+    figures = runner.run(work, Path(out), say=say)
+    return Comparison(Path(out), figures, tuple(runner.run_folders(work, Path(out))))

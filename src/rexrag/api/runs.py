@@ -1,0 +1,229 @@
+"""Training from Python: `train`, `Trainer`, and the `Run` that comes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from rexrag.agent.dead_end_judge import DeadEndJudge
+from rexrag.agent.protocols import register_protocol
+from rexrag.agent.scoring import AnswerJudge, Reward
+from rexrag.config import presets
+from rexrag.config.algorithms import Probing
+from rexrag.config.files import parse_config
+from rexrag.config.plugin_keys import require_plugins_allowed
+from rexrag.config.schema import Config
+from rexrag.errors import ConfigError, RunFolderError
+from rexrag.plugins import dotted_name, require_parameters
+from rexrag.retrieval.base import Retriever
+from rexrag.retrieval.plugin import checked_retriever
+from rexrag.training.callbacks import Callback, Observer
+from rexrag.training.components import Plugins
+from rexrag.training.run_folder import check_resumable, free_folder
+
+if TYPE_CHECKING:
+    from rexrag.api.agents import Agent
+
+
+class PluginArguments(TypedDict, total=False):
+    """What a caller may bring; each takes the place of what the configuration names."""
+
+    reward: Reward
+    """(Rollout) -> float."""
+    judge: AnswerJudge
+    """(answer, Question) -> bool: is it correct?"""
+    dead_end_judge: DeadEndJudge
+    """(rollouts, context) -> P(dead end) of each; sets `dead_ends = "judge"`."""
+    retriever: Retriever
+    """An object with `search(queries, topk) -> list[list[Document]]`."""
+    protocol: Any
+    """An object like `rexrag.agent.protocols.base.AgentProtocol`."""
+    callbacks: Sequence[Callback]
+    """Functions (event, facts)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder.
+
+    >>> run = rexrag.train("quickstart", out="runs/nb")     # doctest: +SKIP
+    >>> run.summary["em_after"]["value"]                    # doctest: +SKIP
+    """
+
+    folder: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` holds. Raises RunFolderError where the run is not over."""
+        return dict(_read_json(self.folder / "summary.json"))
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: did it learn?"""
+        verdict = self.summary.get("verdict", {})
+        return str(verdict.get("sentence", "") if isinstance(verdict, dict) else verdict)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One row a step."""
+        return _read_rows(self.folder / "metrics.jsonl")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One row for each held-out evaluation."""
+        return _read_rows(self.folder / "eval.jsonl")
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the page of this run (default: `report.html` in its folder) and return its path."""
+        from rexrag.report import write_report
+
+        return write_report([self.folder], Path(out) if out else self.folder / "report.html")
+
+    def agent(self) -> Agent:
+        """The trained agent."""
+        from rexrag.api.agents import load_agent
+
+        return load_agent(self.folder)
+
+
+def load_config(
+    config: str | Path = presets.QUICKSTART, *, algorithm: str = "", overrides: Sequence[str] = ()
+) -> Config:
+    """A shipped configuration by name, or a TOML file, with an algorithm and overrides laid over it.
+
+    overrides: `"train.steps=20"`. Raises ConfigError.
+
+    >>> rexrag.load_config("quickstart", algorithm="grpo").algorithm.rollouts
+    5
+    """
+    return presets.resolve(config, algorithm, overrides)
+
+
+class Trainer:
+    """A configuration, and what a caller brings to it.
+
+    config: a `Config`, the name of a shipped one, or a TOML file. plugins: see `PluginArguments`.
+    Raises ConfigError, PluginError.
+
+    >>> rexrag.Trainer("quickstart", reward=my_reward).train("runs/mine")   # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: Config | str | Path = presets.QUICKSTART,
+        *,
+        algorithm: str = "",
+        overrides: Sequence[str] = (),
+        **plugins: Unpack[PluginArguments],
+    ) -> None:
+        if isinstance(config, Config):
+            if algorithm:
+                raise ConfigError("algorithm: give a Config or the name of an algorithm, not both")
+            settings = parse_config(config.model_dump(mode="json"), overrides)
+        else:
+            settings = presets.resolve(config, algorithm, overrides)
+        self.config, self.plugins = with_plugins(settings, plugins)
+
+    def train(
+        self,
+        out: str | Path | None = None,
+        *,
+        resume: bool = False,
+        allow_plugins: bool = False,
+        observer: Observer | None = None,
+    ) -> Run:
+        """Train into `out` (default `runs/<name>`) and return the run. Raises RexragError with one line.
+
+        resume: go on from the newest checkpoint in `out`. allow_plugins: import those that its `config.toml`
+        names.
+        """
+        folder = Path(out) if out is not None else free_folder(self.config.name)
+        if resume:
+            check_resumable(folder)
+            require_plugins_allowed(self.config, allow_plugins, folder / "config.toml")
+        run_training(self.config, folder, resume=resume, observer=observer, plugins=self.plugins)
+        return Run(folder)
+
+
+def train(
+    config: Config | str | Path = presets.QUICKSTART,
+    out: str | Path | None = None,
+    *,
+    algorithm: str = "",
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    **plugins: Unpack[PluginArguments],
+) -> Run:
+    """Train a search agent and return its run; `Trainer(...).train(...)` in one call.
+
+    config: the name of a shipped configuration, a TOML file, or a `Config`. overrides: `"train.steps=20"`.
+    plugins: `reward`, `judge`, `dead_end_judge`, `retriever`, `protocol`, `callbacks`.
+    Raises RexragError with one line.
+
+    >>> run = rexrag.train("quickstart", out="runs/nb", overrides=["train.steps=4"])   # doctest: +SKIP
+    """
+    return Trainer(config, algorithm=algorithm, overrides=overrides, **plugins).train(out, resume=resume)
+
+
+def run_training(
+    config: Config,
+    folder: Path,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    observer: Observer | None = None,
+    plugins: Plugins | None = None,
+) -> dict[str, Any]:
+    """Train with the engine that the configuration names; see `training.loop.train`. Raises RexragError."""
+    if config.engine == "verl":
+        from rexrag.verl.launch import launch
+
+        if plugins is not None and plugins != Plugins():
+            raise ConfigError("engine = 'verl': its processes know plug-ins by dotted name in the TOML only")
+        return launch(config, folder, resume, restart)
+    from rexrag.training.loop import train as train_here
+
+    return train_here(config, folder, resume=resume, restart=restart, observer=observer, plugins=plugins)
+
+
+def with_plugins(config: Config, given: PluginArguments) -> tuple[Config, Plugins]:
+    """The configuration as these plug-ins change it, and what a run is given. Raises PluginError."""
+    unknown = set(given) - set(PluginArguments.__annotations__)
+    if unknown:
+        raise ConfigError(f"{sorted(unknown)[0]}: expected {', '.join(PluginArguments.__annotations__)}")
+    for name, parameters in (("reward", 1), ("judge", 2), ("dead_end_judge", 2)):
+        if name in given:
+            function = given[name]  # type: ignore[literal-required]
+            require_parameters(function, parameters, f"{name} {dotted_name(function)}")
+    agent, algorithm = config.agent, config.algorithm
+    if "protocol" in given:
+        agent = agent.model_copy(update={"protocol": register_protocol(given["protocol"])})
+    judge = given.get("dead_end_judge")
+    if judge is not None:
+        if not isinstance(algorithm, Probing):
+            raise ConfigError(f"dead_end_judge: algorithm '{algorithm.name}' has no probes")
+        update = {"dead_ends": "judge", "dead_end_judge": dotted_name(judge)}
+        algorithm = algorithm.model_copy(update=update)
+    retriever = given.get("retriever")
+    return config.model_copy(update={"agent": agent, "algorithm": algorithm}), Plugins(
+        reward=given.get("reward"),
+        answer_judge=given.get("judge"),
+        dead_end_judge=judge,
+        retriever=None if retriever is None else checked_retriever(retriever),
+        callbacks=tuple(given.get("callbacks", ())),
+    )
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{file}: not readable: {error}") from None
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{file}: not readable: {error}") from None
