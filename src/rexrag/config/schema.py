@@ -61,9 +61,13 @@ class DataConfig(Model):
     train: str = ""
     """Questions: .jsonl or .parquet, plain or Search-R1 rows. Empty: the embedded world."""
     dev: str = ""
+    """Held-out questions, in the same formats."""
     corpus: str = ""
+    """Passages to search: a .jsonl with `contents`, or `title` and `text`."""
     world_seed: int = 0
+    """Which embedded world."""
     world_people: Count = 120
+    """How many people live in it."""
     world_questions: Count = 2000
     """Training questions drawn from the world."""
     dev_limit: Count = 300
@@ -76,6 +80,7 @@ class RetrieverConfig(Model):
     """Who answers a search."""
 
     kind: Literal["bm25", "bm25-disk", "bm25-fast", "dense", "hybrid", "remote", "plugin"] = "bm25"
+    """How passages are searched. `bm25` needs only the corpus; `remote` a URL; the others an index."""
     plugin: str = ""
     """For `plugin`: "my_package.module:name" of a retriever, or of a function () -> retriever."""
     url: str = ""
@@ -85,7 +90,9 @@ class RetrieverConfig(Model):
     encoder: str = ""
     """Where the encoder of a dense or hybrid index is, if not where it was when the index was built."""
     topk: Count = 3
+    """Documents shown for a search."""
     timeout: Positive = 30.0
+    """Seconds for one answer of a remote service."""
     retries: Annotated[int, Field(ge=0)] = 8
     """Pauses double from half a second up to 30 s: eight of them sit out a service that is away for 45 s."""
 
@@ -98,10 +105,13 @@ class AgentConfig(Model):
     search_turns: Count = 5
     """B. One more turn follows in which a search is not run."""
     turn_tokens: Count = 500
+    """Tokens that the policy may write in a turn."""
     evidence_tokens: Count = 500
+    """Tokens of documents shown after a search."""
     total_tokens: Count = 4096
     """Prompt + response."""
     temperature: Positive = 1.0
+    """Of sampling in training; held-out evaluations are greedy."""
     cues: str = "default"
     """Cue pool of probes: a name; your own, a text file (`doubts.txt`) with one cue a line; or `none`: go on
     without a cue."""
@@ -116,10 +126,15 @@ class AgentConfig(Model):
 
 class LearnerConfig(Model):
     lr: Positive = 3e-4
+    """Learning rate of AdamW."""
     warmup_steps: Annotated[int, Field(ge=0)] = 5
+    """Steps in which the rate rises to `lr`."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's."""
     betas: tuple[Below, Below] = (0.9, 0.95)
+    """AdamW's."""
     grad_clip: Positive = 1.0
+    """Largest norm of a gradient."""
     minibatches: Count = 1
     """Optimizer updates a step, whatever the number of probes."""
     micro_tokens: Count = 16384
@@ -128,6 +143,7 @@ class LearnerConfig(Model):
 
 class TrainConfig(Model):
     steps: Count = 60
+    """Steps at most."""
     questions: Count = 32
     """Questions a step."""
     max_generated: Annotated[int, Field(ge=0)] = 0
@@ -142,7 +158,9 @@ class TrainConfig(Model):
     evals: Annotated[int, Field(ge=0)] = 1
     """Held-out evaluations spread evenly over the run, beside the one before it; the last is at the end."""
     save_every: Count = 20
+    """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Count = 2
+    """The newest n stay."""
     diagnose_every: Annotated[int, Field(ge=0)] = 0
     """Measure gradient norms by segment and the KL to the start every so many steps (not in the budget)."""
     log_rollouts: Annotated[int, Field(ge=0)] = 32
@@ -161,11 +179,15 @@ class WarmupConfig(Model):
     """`rexrag warmup`: supervised demonstrations that teach a pretrained model the protocol."""
 
     epochs: Count = 2
+    """Passes over the demonstrations."""
     batch: Count = 16
+    """Demonstrations an update."""
     lr: Positive = 1e-4
+    """Learning rate."""
     demonstrations: Annotated[int, Field(ge=0)] = 0
     """At most this many; 0 takes every question whose chain the rule finds."""
     evidence_weight: Unit = 0.0
+    """Weight of evidence tokens in the loss; 0 masks them."""
     recovery: Unit = 0.5
     """Share of the chains that are shown once more: a conclusion, a doubt, and the right way on."""
 
@@ -177,10 +199,13 @@ class VerlConfig(Model):
     """`engine = "verl"`: machines, memory, and anything else of verl's own configuration."""
 
     nodes: Count = 1
+    """Machines."""
     gpus_per_node: Count = 8
+    """GPUs of each machine."""
     gpu_memory: Positive = 80.0
     """GiB of one GPU; the run is refused where the estimate does not fit."""
     rollout: Literal["vllm", "sglang"] = "vllm"
+    """The engine that samples."""
     tensor_parallel: Count = 1
     """GPUs that share one copy of the rollout engine."""
     rollout_memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
@@ -224,10 +249,13 @@ class Config(Model):
     """A whole run."""
 
     name: str = "run"
+    """Name of the run; its folder is `runs/<name>` unless `--out` says otherwise."""
     arm: str = ""
     """Label of the run in tables: the arm of a comparison. Empty: the algorithm's name."""
     seed: int = 0
+    """Of everything that is drawn. The same seed on the same machine gives the same run."""
     engine: Literal["local", "verl"] = "local"
+    """`local`: this process. `verl`: several GPUs, by verl."""
     policy: PolicyConfig = PolicyConfig()
     data: DataConfig = DataConfig()
     retriever: RetrieverConfig = RetrieverConfig()

@@ -20,11 +20,10 @@ from rexrag.theory.exact_world import build_world
 from rexrag.theory.expectation import Estimator, expected_gradient, true_gradient
 
 _EXACT = Estimator()
-_PAPER = replace(_EXACT, realignment="paper")
-_INTERNAL = replace(_EXACT, realignment="internalize")
-_CLIP = {"clip_low": 0.2, "clip_high": 0.2}
+_MIXTURE = replace(_EXACT, correction="mixture")
+_DISTILLED = replace(_EXACT, correction="context-distillation")
 _SHIPPED = replace(
-    _PAPER,
+    _MIXTURE,
     alpha="realised",
     failure_rate="realised",
     filter=True,
@@ -35,29 +34,35 @@ _SHIPPED = replace(
 
 ESTIMATORS: dict[str, Estimator] = {
     "plain GRPO, no baseline": replace(_EXACT, probes=False),
-    "trajectory, all exact": _EXACT,
+    "multiple importance sampling, all exact": _EXACT,
     "  P(fail|o') taken as 1": replace(_EXACT, fail_known=False),
     "  base rollouts' own cues ignored": replace(_EXACT, explanations="own"),
     "  z = 1 - accuracy": replace(_EXACT, failure_rate="inaccuracy"),
     "  z of the batch": replace(_EXACT, failure_rate="realised"),
     "  alpha of the batch": replace(_EXACT, alpha="realised"),
     "  alpha of the batch, filter": replace(_EXACT, alpha="realised", filter=True),
-    "paper (fine)": _PAPER,
-    "paper (coarse)": replace(_PAPER, cue_density="coarse"),
-    "paper (fine), prefix not trained": replace(_PAPER, prefix_loss="none"),
-    "none (probes uncorrected)": replace(_EXACT, realignment="none"),
-    "internalize, tail one": _INTERNAL,
-    "internalize, tail truncated": replace(_INTERNAL, tail="truncated"),
+    "mixture (fine)": _MIXTURE,
+    "mixture (coarse)": replace(_MIXTURE, cue_density="coarse"),
+    "mixture (fine), prefix not trained": replace(_MIXTURE, prefix_loss="none"),
+    "none (probes uncorrected)": replace(_EXACT, correction="none"),
+    "context distillation, clipped": _DISTILLED,
+    "context distillation, truncated-is": replace(_DISTILLED, suffix_weight="truncated-is"),
     "plain GRPO, mean baseline": replace(_EXACT, probes=False, baseline="mean"),
-    "trajectory, mean baseline": replace(_EXACT, baseline="mean"),
+    "multiple importance sampling, mean baseline": replace(_EXACT, baseline="mean"),
     "plain GRPO, std baseline": replace(_EXACT, probes=False, baseline="std"),
-    "trajectory, std baseline": replace(_EXACT, baseline="std"),
-    "paper, as a run does it": _SHIPPED,
+    "multiple importance sampling, std baseline": replace(_EXACT, baseline="std"),
+    "mixture, as a run does it": _SHIPPED,
     "  prefix not trained": replace(_SHIPPED, prefix_loss="none"),
-    "none, as a run does it": replace(_SHIPPED, realignment="none"),
-    "internalize one, as a run does it": replace(_SHIPPED, realignment="internalize"),
+    "none, as a run does it": replace(_SHIPPED, correction="none"),
+    "context distillation, as a run does it": replace(_SHIPPED, correction="context-distillation"),
 }
 """Name → estimator; "as a run does it" is realised alpha and z, filter, std baseline and clip 0.2."""
+COLUMNS = """\
+bias    |E[estimate] - g| / |g|: how far the expected gradient is from the true one, g; 0 is unbiased
+cosine  of the angle between the two; 1 is the same direction
+norm    |E[estimate]| / |g|: how long it is
+An indented line changes one thing of the last line that is not indented.
+"""
 
 
 def compare(estimate: Tensor, truth: Tensor) -> dict[str, float]:
@@ -85,14 +90,15 @@ def main() -> None:
     truth = true_gradient(world)
     rows = {}
     if not args.json:
+        print(COLUMNS)
         print(f"{len(world.probability)} rollouts, {len(world.probes.path)} probes, seed {args.seed}")
         print(f"accuracy {world.accuracy:.3f}, dead ends {world.dead_rate:.3f}", end=", ")
         print(f"N = {args.rollouts}, p = {args.probability}")
-        print(f"{'estimator':36}{'bias':>10}{'cosine':>10}{'norm':>8}")
+        print(f"{'estimator':45}{'bias':>10}{'cosine':>10}{'norm':>8}")
     for name, estimator in ESTIMATORS.items():
         rows[name] = compare(expected_gradient(world, estimator, args.rollouts, args.probability), truth)
         if not args.json:
-            print(f"{name:36}{rows[name]['bias']:10.1e}{rows[name]['cosine']:10.5f}{rows[name]['norm']:8.3f}")
+            print(f"{name:45}{rows[name]['bias']:10.1e}{rows[name]['cosine']:10.5f}{rows[name]['norm']:8.3f}")
     if args.json:
         print(json.dumps(rows))
 
