@@ -49,7 +49,8 @@ def parse_config(
     except TypeError as error:  # a date: TOML has them, no setting is one
         raise ConfigError(f"{where}: {error}; put it in quotes") from None
     merged = upgrade(plain, where, strict)
-    for override in overrides:
+    # The name first: another algorithm drops what only the old one has, and must not drop an override.
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() != "algorithm.name"):
         merged = _apply(merged, override)
     if isinstance(merged.get("algorithm"), dict):
         merged["algorithm"].setdefault("name", DEFAULT_ALGORITHM)
@@ -133,7 +134,7 @@ def _refuse_unknown(tree: Mapping[str, Any], model: type[BaseModel], where: str,
 def _refuse_foreign(table: Mapping[str, Any], where: str) -> None:
     """An `[algorithm]` table with an unknown name, or with a key that this algorithm does not have."""
     name = table["name"]
-    if name not in ALGORITHMS:
+    if not isinstance(name, str) or name not in ALGORITHMS:
         raise ConfigError(f"{where}: algorithm.name = {name!r}: unknown{nearest(str(name), [*ALGORITHMS])}")
     known = ALGORITHMS[name].model_fields
     for key in table:

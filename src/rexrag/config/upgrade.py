@@ -67,36 +67,49 @@ def upgrade(tree: Mapping[str, Any], where: str, strict: bool = True) -> dict[st
     Not strict is for reading a run that is over. Raises ConfigError.
     """
     new = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
-    _rename_values(new, where)
-    method = new.pop("method", None)
-    if isinstance(method, dict):
+    _rename_values(new, where, strict)
+    if "method" in new:
+        method = new.pop("method")
+        if not isinstance(method, dict):
+            raise ConfigError(f"{where}: 'method' is a table, got {method!r}")
         if "algorithm" in new:
             raise ConfigError(f"{where}: both [method] and [algorithm]; [method] is the old name, remove it")
         for key, (table, leaf) in MOVED.items():
-            if key in method:
-                new.setdefault(table, {}).setdefault(leaf, method.pop(key))
+            if key in method and isinstance(new.setdefault(table, {}), dict):
+                new[table].setdefault(leaf, method.pop(key))
         new["algorithm"] = algorithm_of(method, where, strict)
         say_once(f'{where}: [method] is read as [algorithm] name = "{new["algorithm"]["name"]}"')
+    algorithm = new.get("algorithm", {})
+    if isinstance(algorithm, dict) and new.get("arm") == algorithm.get("name", DEFAULT_ALGORITHM):
+        new["arm"] = ""  # the algorithm's own name is the label
     return new
 
 
-def _rename_values(tree: dict[str, Any], where: str) -> None:
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """The new name of a value; a value that has none, of whatever type, stays."""
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def _rename_values(tree: dict[str, Any], where: str, strict: bool) -> None:
     """Values that have a new name; `tree` is changed."""
     policy, agent = tree.get("policy"), tree.get("agent")
-    if isinstance(policy, dict) and policy.get("path") in PATHS:
-        said = policy["path"]
-        policy["path"] = PATHS[said]
-        say_once(f"{where}: policy.path '{said}' is now called '{policy['path']}'")
-    if isinstance(agent, dict) and agent.pop("format_reward", 0) not in (0, 0.0):
+    if isinstance(policy, dict) and "path" in policy:
+        policy["path"] = _renamed_path(policy["path"], where)
+    if isinstance(agent, dict) and agent.pop("format_reward", 0) not in (0, 0.0) and strict:
         raise ConfigError(f"{where}: agent.format_reward is gone; write a reward plug-in (agent.reward)")
     verl = tree.get("verl")
     if isinstance(verl, dict):
         for key in ("gpu_tflops", "gpu_bandwidth"):  # of an estimate of time that is gone
             verl.pop(key, None)
-    if tree.get("arm") in ARMS:
-        tree["arm"] = ARMS[tree["arm"]]
-    if tree.get("arm") in ALGORITHMS:  # the algorithm's own name is the label
-        tree["arm"] = ""
+    if "arm" in tree:
+        tree["arm"] = _renamed(tree["arm"], ARMS)
+
+
+def _renamed_path(path: Any, where: str) -> Any:
+    new = _renamed(path, PATHS)
+    if new != path:
+        say_once(f"{where}: policy.path '{path}' is now called '{new}'")
+    return new
 
 
 def algorithm_of(method: Mapping[str, Any], where: str, strict: bool = True) -> dict[str, Any]:
@@ -104,8 +117,7 @@ def algorithm_of(method: Mapping[str, Any], where: str, strict: bool = True) -> 
     old = _without_gone(method, where, strict)
     known = _OLD_DEFAULTS | old
     realignment = known.pop("realignment")
-    suffix, probe = _SUFFIX.get(known["tail"], known["tail"]), known.pop("probe")
-    known.pop("tail")
+    suffix, probe = _renamed(known.pop("tail"), _SUFFIX), known.pop("probe")
     if not probe:
         name = "grpo"
     elif realignment == "internalize":
@@ -113,7 +125,7 @@ def algorithm_of(method: Mapping[str, Any], where: str, strict: bool = True) -> 
         known["suffix_weight"] = suffix
     else:
         name = "rex-rag"
-        known["correction"] = _CORRECTION.get(realignment, realignment)
+        known["correction"] = _renamed(realignment, _CORRECTION)
     fields = ALGORITHMS[name].model_fields
     anywhere = {field for kind in ALGORITHMS.values() for field in kind.model_fields}
     # A key that only another algorithm has was without effect; one that none has is a mistake.
@@ -131,7 +143,8 @@ def _without_gone(method: Mapping[str, Any], where: str, strict: bool) -> dict[s
             raise ConfigError(f"{where}: method.{key} = {value!r} is gone, see CHANGELOG.md")
         if not gone:
             kept[key] = value
-    extra = [k for k in kept.get("dead_ends", ()) if k not in ("wrong", "unanswered")]
+    kinds = kept.get("dead_ends")
+    extra = [k for k in kinds if k not in ("wrong", "unanswered")] if isinstance(kinds, list) else []
     if extra and strict:
         raise ConfigError(f"{where}: method.dead_ends has {extra[0]!r}, which is gone: wrong, unanswered")
     if extra:
@@ -145,9 +158,9 @@ def upgrade_key(key: str, value: Any) -> tuple[str, Any]:
     Raises ConfigError for a switch that decides which algorithm runs.
     """
     table, _, leaf = key.partition(".")
-    if key == "policy.path" and value in PATHS:
-        return key, PATHS[value]
-    if table != "method":
+    if key == "policy.path":
+        return key, _renamed_path(value, f"--set {key}")
+    if table != "method" or not leaf:
         return key, value
     if leaf in ("probe", "realignment"):
         raise ConfigError(
@@ -156,7 +169,7 @@ def upgrade_key(key: str, value: Any) -> tuple[str, Any]:
     if leaf in _GONE:
         raise ConfigError(f"--set {key}: this switch is gone, see CHANGELOG.md")
     if leaf == "tail":
-        new, value = "algorithm.suffix_weight", _SUFFIX.get(value, value)
+        new, value = "algorithm.suffix_weight", _renamed(value, _SUFFIX)
     elif leaf in MOVED:
         new = ".".join(MOVED[leaf])
     else:

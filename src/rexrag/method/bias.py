@@ -1,5 +1,7 @@
-"""Moved: the table of biases is `python -m rexrag.theory.bias`."""
+"""The table of biases moved to `rexrag.theory`."""
 
-raise SystemExit(
-    2 if __import__("sys").stderr.write("rexrag: this is python -m rexrag.theory.bias now\n") else 2
-)
+import sys
+
+if __name__ == "__main__":
+    print("rexrag.method.bias is now called rexrag.theory.bias: python -m rexrag.theory.bias", file=sys.stderr)
+    sys.exit(2)

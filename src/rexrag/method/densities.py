@@ -166,8 +166,8 @@ def guard_alpha(alpha: Tensor, clip_high: float, allow: bool = False) -> None:
     if largest > limit + 1e-9 and not allow:
         raise AlphaError(
             f"alpha = {largest:.4f} is above clip_high/(1+clip_high) = {limit:.4f}: every base token with a "
-            "positive advantage would be clipped at once; lower method.keep_ratio, raise method.clip_high, "
-            "or set method.allow_large_alpha = true"
+            "positive advantage would be clipped at once; lower algorithm.keep_ratio, raise "
+            "algorithm.clip_high, or set algorithm.allow_large_alpha = true"
         )
 
 

@@ -28,7 +28,7 @@ def probe_log_ratio(cue_policy_logp: Tensor, cue_logp: Tensor, failure_rate: flo
 def trajectory_weight(
     cue_policy_logp: Tensor | None, cue_logp: Tensor | None, failure_rate: float, alpha: float
 ) -> float:
-    """w = 1/((1−α) + α·r): multiple importance sampling over whole rollouts [METHOD §3, `trajectory`].
+    """w = 1/((1−α) + α·r): multiple importance sampling over whole rollouts [METHOD §3].
 
     cue_policy_logp: log π_old of the cue tokens, float [m]; cue_logp: their trie log-shares, float [m];
     both None for a base rollout (r = 0, w = 1/(1−α)).

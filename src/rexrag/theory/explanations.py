@@ -23,10 +23,10 @@ def explanation_log_ratios(
     """log r of each rollout, summed over every (cut, cue) that could have written it: float64 [B].
 
     tokens, origin: int [B, T]; policy_logp: float [B, T]; cue_logp: `CueTrie.table()`, float64 [pool, m];
-    failure_rate: z, float [B]; last_cut: `dead_ends.last_cut`, int [B]. A match is a pool cue standing word
-    for word among POLICY or CUE tokens, at or before last_cut and with a token behind it (a probe goes on
-    after its cue); −inf without one. P(fail|o′) is taken as 1. Duplicate cues are counted once: their trie
-    share holds the mass. Raises ShapeError, NonFiniteError.
+    failure_rate: z, float [B]; last_cut: the latest position at which probing could have cut, int [B] (−1:
+    nowhere). A match is a pool cue standing word for word among POLICY or CUE tokens, at or before last_cut
+    and with a token behind it (a probe goes on after its cue); −inf without one. P(fail|o′) is taken as 1.
+    Duplicate cues are counted once: their trie share holds the mass. Raises ShapeError, NonFiniteError.
     """
     require_shape("policy_logp", policy_logp, tokens.shape)
     require_shape("origin", origin, tokens.shape)
