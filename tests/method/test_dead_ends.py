@@ -1,92 +1,89 @@
-"""What is a dead end, of which kind, where it is cut, and which are probed."""
+"""What is a dead end, by its answer or by a judge, and where it is cut."""
 
 import pytest
-import torch
 
-from rexrag.errors import CueError, MethodError
-from rexrag.method.dead_ends import cut_position, dead_end_kinds, is_dead_end, last_cut
-from rexrag.method.probing import in_all_wrong_groups, plan_probes
-from rexrag.types import DeadEnd, Question, Rollout, StopReason, Turn
+from rexrag.errors import MethodError
+from rexrag.method.dead_ends import can_be_probed, cut_position, find_dead_ends, is_dead_end
+from rexrag.types import DeadEnd, RolloutGroup, Turn
+from tests.support import rollouts
+from tests.support.rollouts import QUESTION, P
 
-QUESTION = Question("q", "Who?", ("x",))
+ANSWER = Turn(6, 9, "answer", "y", action_start=7)
+BOTH = (DeadEnd.WRONG, DeadEnd.UNANSWERED)
 
 
-def rollout(*turns, answer="y", **kw):
-    stop = StopReason.ANSWER if answer is not None else StopReason.TURNS
-    return Rollout(QUESTION, (1,), (2,) * 9, (0,) * 9, (0.0,) * 9, turns, stop, answer, 0.0, **kw)
+def rollout(*turns, **changes):
+    return rollouts.rollout([P] * 9, turns=turns, **changes)
 
 
 def search(query, start=0):
     return Turn(start, start + 3, "search", query, action_start=start + 1)
 
 
-ANSWER = Turn(6, 9, "answer", "y", action_start=7)
+RIGHT = rollout(search("a"), ANSWER, correct=True)
+WRONG = rollout(search("a"), ANSWER)
+SILENT = rollout(search("a"), search("b", 3), answer=None)
+FORCED = rollout(search("a"), ANSWER, forced_last_turn=True)
+EMPTY = rollout(answer=None)
 
 
 @pytest.mark.parametrize(
-    ("made", "right", "kinds"),
-    [
-        (rollout(search("a"), ANSWER), True, set()),
-        (rollout(search("a"), ANSWER), False, {DeadEnd.WRONG}),
-        (rollout(ANSWER), False, {DeadEnd.WRONG, DeadEnd.NO_EVIDENCE}),
-        (rollout(search("a b"), search(" A  b", 3), ANSWER), False, {DeadEnd.WRONG, DeadEnd.REPEATED_SEARCH}),
-        (rollout(search("a"), search("b", 3), answer=None), False, {DeadEnd.UNANSWERED}),
-    ],
+    ("made", "kind"), [(RIGHT, None), (WRONG, DeadEnd.WRONG), (SILENT, DeadEnd.UNANSWERED)]
 )
-def test_kinds(made, right, kinds):
-    assert dead_end_kinds(made, right) == kinds
-    assert is_dead_end(made, right, [DeadEnd.WRONG]) == (DeadEnd.WRONG in kinds)
-    assert is_dead_end(made, right, list(DeadEnd)) == bool(kinds)
+def test_a_dead_end_is_wrong_or_unanswered(made, kind):
+    assert is_dead_end(made, [DeadEnd.WRONG]) == (kind is DeadEnd.WRONG)
+    assert is_dead_end(made, [DeadEnd.UNANSWERED]) == (kind is DeadEnd.UNANSWERED)
+    assert is_dead_end(made, BOTH) == (kind is not None)
 
 
-def test_forced_last_turn_and_probes_are_left_alone():
-    forced = rollout(search("a"), ANSWER, forced_last_turn=True)
-    assert not is_dead_end(forced, False, [DeadEnd.WRONG])
-    assert is_dead_end(forced, False, [DeadEnd.WRONG], probe_forced_turn=True)
-    assert not is_dead_end(rollout(ANSWER, cut=3, parent=0), False, [DeadEnd.WRONG])
+def test_correct_is_the_judge_s_word_not_the_reward_s():
+    assert not is_dead_end(rollout(ANSWER, correct=True, reward=0.0), BOTH)
+    assert is_dead_end(rollout(ANSWER, correct=False, reward=1.0, em=1.0), BOTH)
+
+
+def test_an_answer_in_the_forced_last_turn_is_left_alone():
+    assert not can_be_probed(FORCED) and not is_dead_end(FORCED, BOTH)
+    spent = rollout(search("a"), search("b", 3), answer=None, forced_last_turn=True)
+    assert can_be_probed(spent) and is_dead_end(spent, BOTH)
+    assert not can_be_probed(EMPTY)
 
 
 def test_cut_is_the_boundary_before_the_last_action():
-    assert cut_position(rollout(search("a"), ANSWER)) == 7
+    assert cut_position(WRONG) == 7
     assert cut_position(rollout(search("a", 3), answer=None)) == 4
     assert cut_position(rollout(Turn(3, 8), answer=None)) == 8
-    assert cut_position(rollout(answer=None)) is None
+    assert cut_position(EMPTY) is None
 
 
-def test_the_latest_cut_a_probe_can_have():
-    only_wrong = [DeadEnd.WRONG]
-    assert last_cut(rollout(search("a"), ANSWER), only_wrong) == 7
-    assert last_cut(rollout(search("a"), answer=None), only_wrong) == 9
-    assert last_cut(rollout(answer=None), only_wrong) == -1
-    forced = rollout(search("a"), ANSWER, forced_last_turn=True)
-    assert last_cut(forced, only_wrong) == 5
-    assert last_cut(forced, only_wrong, probe_forced_turn=True) == 7
-    unanswered = rollout(search("a"), Turn(6, 9), answer=None, forced_last_turn=True)
-    assert last_cut(unanswered, only_wrong) == 5
-    assert last_cut(unanswered, [DeadEnd.UNANSWERED]) == 9
+def groups(*members):
+    return [RolloutGroup(QUESTION, made) for made in members]
 
 
-def test_plans_follow_the_generator_and_the_probability():
-    def plan(probability, dead_ends=range(2000), pool=10, seed=3):
-        return plan_probes(list(dead_ends), probability, pool, torch.Generator().manual_seed(seed))
-
-    assert plan(0.2) == plan(0.2) != plan(0.2, seed=4)
-    assert plan(0.0) == [] and [p.parent for p in plan(1.0)] == list(range(2000))
-    share = len(plan(0.2)) / 2000
-    assert 0.2 - 4 * 0.009 < share < 0.2 + 4 * 0.009
-    counts = torch.bincount(torch.tensor([p.cue for p in plan(1.0)]), minlength=10)
-    assert int(counts.min()) > 140 and int(counts.max()) < 260
-    # One coin each: raising p only adds probes.
-    assert set(plan(0.1)) <= set(plan(0.3))
-    assert all(p.cue is None for p in plan(1.0, pool=None))
+def test_groups_with_a_correct_rollout_may_be_left_out():
+    found = find_dead_ends(groups((RIGHT, WRONG, FORCED), (SILENT, WRONG)), BOTH)
+    assert [id(r) for r in found] == [id(WRONG), id(SILENT), id(WRONG)]
+    failed = find_dead_ends(groups((RIGHT, WRONG, FORCED), (SILENT, WRONG)), BOTH, "all-wrong")
+    assert [id(r) for r in failed] == [id(SILENT), id(WRONG)]
+    # A wrong answer that cannot be probed still leaves its group without a correct one.
+    assert find_dead_ends(groups((FORCED, WRONG)), (DeadEnd.WRONG,), "all-wrong") == [WRONG]
 
 
-def test_all_wrong_groups():
-    assert in_all_wrong_groups([True, False, False, False], [0, 0, 1, 1]) == [False, False, True, True]
+def test_a_judge_replaces_the_answers_wherever_they_were_asked():
+    made = groups((RIGHT, WRONG, FORCED), (SILENT, WRONG))
+    # The correct one is taken for dead, and no other of its group lives.
+    said = [0.9, 0.6, 0.8, 0.5, 0.51]
+    found = find_dead_ends(made, (), "all", lambda rollouts: said)
+    assert [id(r) for r in found] == [id(RIGHT), id(WRONG), id(WRONG)]
+    failed = find_dead_ends(made, (), "all-wrong", lambda rollouts: said)
+    assert [id(r) for r in failed] == [id(RIGHT), id(WRONG)]
 
 
-def test_bad_input_is_named():
-    with pytest.raises(MethodError, match=r"probability = 1\.2"):
-        plan_probes([0], 1.2, 3, torch.Generator())
-    with pytest.raises(CueError, match="pool_size = 0"):
-        plan_probes([0], 0.2, 0, torch.Generator())
+def test_a_judge_sees_every_base_rollout_once_in_order():
+    seen = []
+    find_dead_ends(groups((RIGHT, WRONG), (SILENT,)), (), judge=lambda r: seen.append(r) or [0.0] * 3)
+    assert seen == [[RIGHT, WRONG, SILENT]]
+
+
+def test_a_judge_of_another_length_is_refused():
+    with pytest.raises(MethodError, match="gave 2 values for 1 rollouts"):
+        find_dead_ends(groups((WRONG,)), (), judge=lambda rollouts: [0.1, 0.2])

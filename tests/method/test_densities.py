@@ -1,4 +1,4 @@
-"""Densities segment by segment, the mixture's bounds and limits, trajectory weights, alpha and z."""
+"""Densities segment by segment, the mixture's bounds and limits, alpha and z."""
 
 import math
 
@@ -8,17 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rexrag.errors import AlphaError, CutError, FailureRateError, MethodError, NonFiniteError, ShapeError
-from rexrag.method import CueTrie, mixture_log_density, probe_log_density, trajectory_weight
+from rexrag.method import CueTrie, mixture_log_density, probe_log_density
 from rexrag.method.densities import (
-    effective_sample_size,
-    explanation_log_ratios,
     failure_rates,
     guard_alpha,
-    mismatch_weights,
     mixture_densities,
     mixture_shares,
     probe_log_densities,
-    trajectory_weights,
 )
 from rexrag.types import Origin
 
@@ -134,77 +130,6 @@ def test_mixture_of_a_batch_equals_the_full_computation():
     assert torch.equal(mixture_densities(policy, rows[:0], probe[:0], 0.0), policy)
 
 
-def test_trajectory_weight_by_hand():
-    cue_policy, cue = torch.tensor([-3.0, -2.0]), TRIE.log_prob([5, 6])
-    r = math.exp(math.log(1 / 3) + 5.0) / 0.4
-    assert trajectory_weight(cue_policy, cue, 0.4, 0.1) == pytest.approx(1 / (0.9 + 0.1 * r), rel=1e-6)
-    assert trajectory_weight(None, None, 0.4, 0.1) == pytest.approx(1 / 0.9)
-    assert trajectory_weight(None, None, 0.0, 0.0) == 1.0
-
-
-def test_p_fail_divides_z_and_may_push_it_above_one():
-    cue_policy, cue = torch.tensor([-3.0, -2.0]), TRIE.log_prob([5, 6])
-    r = 0.25 * math.exp(math.log(1 / 3) + 5.0) / 0.4
-    assert trajectory_weight(cue_policy, cue, 0.4 / 0.25, 0.1) == pytest.approx(1 / (0.9 + 0.1 * r), rel=1e-6)
-
-
-@given(st.floats(-60, 60), st.floats(0, 0.99))
-def test_trajectory_weight_never_exceeds_that_of_a_base_rollout(log_r, alpha):
-    weight = float(trajectory_weights(torch.tensor([log_r]), alpha)[0])
-    assert 0.0 <= weight <= 1 / (1 - alpha) + 1e-9
-
-
-def test_explanations_are_found_where_a_cue_stands_word_for_word():
-    trie = CueTrie([[5, 6], [5, 7], [5, 7]])
-    tokens = torch.tensor([[1, 5, 6, 2, 5, 7], [5, 6, 0, 0, 0, 0], [1, 2, 3, 5, 2, 6]])
-    origin = torch.tensor([[P, C, C, P, P, P], [E, E, P, -1, -1, -1], [P] * 6])
-    logp = torch.full((3, 6), -1.0)
-    z = torch.full((3,), 0.5, dtype=torch.float64)
-    anywhere = torch.full((3,), 99)
-    tokens = torch.nn.functional.pad(tokens, (0, 1), value=3)
-    origin = torch.cat([origin, torch.tensor([[P], [-1], [P]])], dim=1)
-    logp = torch.nn.functional.pad(logp, (0, 1), value=-1.0)
-    got = explanation_log_ratios(tokens, logp, origin, trie.cues, trie.table(), z, anywhere)
-    both = (1 / 3 + 2 / 3) * math.exp(2.0) / 0.5
-    assert got.tolist() == pytest.approx([math.log(both), -math.inf, -math.inf])
-
-
-def explained(last_cut, length=6, logp=None):
-    """log r of one rollout `1 5 6 2 5 7 …` of `length` tokens, with z = 1 and two cues."""
-    trie = CueTrie([[5, 6], [5, 7]])
-    tokens = torch.tensor([[1, 5, 6, 2, 5, 7, 3]])
-    origin = torch.where(torch.arange(7) < length, P, -1)[None]
-    logp = torch.full((1, 7), -1.0) if logp is None else logp
-    one = torch.ones(1, dtype=torch.float64)
-    where = torch.tensor([last_cut])
-    return float(explanation_log_ratios(tokens, logp, origin, trie.cues, trie.table(), one, where)[0])
-
-
-def test_words_behind_the_last_possible_cut_explain_nothing():
-    each = 2.0 + math.log(1 / 2)
-    both = each + math.log(2)
-    assert explained(99, length=7) == pytest.approx(both)
-    assert explained(4, length=7) == pytest.approx(both)
-    assert explained(3, length=7) == explained(1, length=7) == pytest.approx(each)
-    assert explained(0, length=7) == explained(-1, length=7) == -math.inf
-    # A probe goes on after its cue: one that ends with it was not given it.
-    assert explained(99, length=6) == pytest.approx(each)
-    assert explained(99, length=3) == -math.inf
-
-
-def test_a_log_prob_that_is_not_finite_is_named_and_evidence_is_not_looked_at():
-    broken = torch.full((1, 7), -1.0)
-    broken[0, 0] = -math.inf
-    with pytest.raises(NonFiniteError, match=r"policy_logp\[0, 0\] = -inf"):
-        explained(99, length=7, logp=broken)
-    trie = CueTrie([[5, 6]])
-    tokens, origin = torch.tensor([[9, 5, 6, 2]]), torch.tensor([[E, P, P, P]])
-    logp = torch.tensor([[math.nan, -1.0, -1.0, -1.0]])
-    one = torch.ones(1, dtype=torch.float64)
-    got = explanation_log_ratios(tokens, logp, origin, trie.cues, trie.table(), one, torch.tensor([3]))
-    assert float(got[0]) == pytest.approx(2.0)
-
-
 def test_alpha_and_z_per_batch_and_per_question():
     probe = torch.tensor([False, False, False, False, True])
     groups = torch.tensor([0, 0, 1, 1, 1])
@@ -222,14 +147,6 @@ def test_guard_refuses_by_name_unless_allowed():
     guard_alpha(torch.tensor([0.5]), 0.2, allow=True)
     with pytest.raises(AlphaError, match=r"alpha = 0\.1700 is above .*0\.1667.*allow_large_alpha"):
         guard_alpha(torch.tensor([0.05, 0.17]), 0.2)
-
-
-def test_effective_sample_size_and_mismatch_weight():
-    assert effective_sample_size(torch.full((8,), 3.0)) == pytest.approx(8.0)
-    assert effective_sample_size(torch.tensor([1.0, 0.0, 0.0])) == pytest.approx(1.0)
-    assert effective_sample_size(torch.zeros(3)) == 0.0
-    got = mismatch_weights(torch.tensor([0.0, 5.0, -1.0]), torch.zeros(3), cap=2.0)
-    assert got.tolist() == pytest.approx([1.0, 2.0, math.exp(-1.0)])
 
 
 def density(**change):
@@ -281,12 +198,6 @@ NAN[1] = float("nan")
         (lambda: mixture_log_density(LOGP, LOGP[:3], 0.1), ShapeError, "probe_logp has shape"),
         (lambda: mixture_log_density(NAN, LOGP, 0.1), NonFiniteError, r"policy_logp\[1\] = nan"),
         (lambda: mixture_log_density(LOGP, NAN, 0.1), NonFiniteError, r"probe_logp\[1\] = nan"),
-        (lambda: trajectory_weight(LOGP[:2], None, 0.5, 0.1), MethodError, "both or neither"),
-        (lambda: trajectory_weight(LOGP[:2], LOGP[:3], 0.5, 0.1), ShapeError, "cue_logp has shape"),
-        (lambda: trajectory_weight(LOGP[:2], LOGP[:2], 0.0, 0.1), FailureRateError, "failure_rate = 0.0"),
-        (lambda: trajectory_weight(NAN[:2], LOGP[:2], 0.5, 0.1), NonFiniteError, "cue_policy_logp"),
-        (lambda: trajectory_weight(None, None, float("nan"), 0.1), FailureRateError, "failure_rate = nan"),
-        (lambda: trajectory_weight(None, None, 0.5, 1.0), AlphaError, "alpha = 1.0"),
     ],
 )
 def test_bad_input_is_named(call, error, says):

@@ -1,19 +1,18 @@
 """The filter keeps the most plausible probes, and how many of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rexrag.config.algorithms import Grpo, RexRag, RexRagDistill
 from rexrag.errors import MethodError, NonFiniteError, ShapeError
 from rexrag.method import keep_probes
-from rexrag.method.filters import (
-    adaptive_keep_ratio,
-    cue_scores,
-    keep_count,
-    update_probe_accuracy,
-)
-from rexrag.types import Origin
+from rexrag.method.filters import cue_scores, filter_probes, groups_with_signal, keep_count
+from rexrag.types import Origin, RolloutGroup
+from tests.support.rollouts import QUESTION, P, probe_of, rollout, two_groups
 
 scores = st.lists(st.floats(-50, 0, width=32), max_size=30)
 
@@ -75,18 +74,72 @@ def test_keep_count_is_the_floor(n, ratio, kept):
     assert keep_count(n, ratio) == kept
 
 
-def test_adaptive_ratio_follows_accuracy_between_floor_and_cap():
-    mean = 0.08
-    for _ in range(200):
-        mean = update_probe_accuracy(mean, right=0, kept=5)
-    assert adaptive_keep_ratio(mean, keep_ratio=0.08, floor=0.02) == 0.02
-    assert update_probe_accuracy(mean, right=0, kept=0) == mean
-    for _ in range(20):
-        mean = update_probe_accuracy(mean, right=4, kept=5)
-    assert adaptive_keep_ratio(mean, keep_ratio=0.08, floor=0.02) == 0.08
-    assert update_probe_accuracy(0.5, right=1, kept=2, momentum=0.1) == pytest.approx(0.5)
-    assert update_probe_accuracy(0.0, right=1, kept=2, momentum=0.1) == pytest.approx(0.05)
-    assert adaptive_keep_ratio(0.05, keep_ratio=0.08, floor=0.02) == pytest.approx(0.05)
+def failed_groups(*corrects):
+    """A group of four wrong base rollouts for each argument, with probes that are correct or not.
+
+    The k-th probe of the batch has cue log-probs of −k.
+    """
+    made, count = [], 0
+    for group in corrects:
+        base = tuple(rollout([P] * 4) for _ in range(4))
+        probes = []
+        for parent, correct in zip(base, group, strict=False):
+            probes.append(probe_of(parent, 0, [P], [-float(count)] * 3, correct=correct))
+            count += 1
+        made.append(RolloutGroup(QUESTION, base, tuple(replace(p, kept=False) for p in probes)))
+    return tuple(made)
+
+
+def kept(groups, algorithm, seed=0):
+    filtered = filter_probes(groups, algorithm, torch.Generator().manual_seed(seed))
+    return [[p.kept for p in group.probes] for group in filtered]
+
+
+def test_the_paper_keeps_the_best_scored_of_the_batch():
+    groups = failed_groups([False, True], [True, False, True])
+    assert kept(groups, RexRag(keep_ratio=0.25)) == [[True, True], [False] * 3]  # ⌊0.25·8⌋ = 2
+    filtered = filter_probes(groups, RexRag(), torch.Generator())
+    scores = [p.score for group in filtered for p in group.probes]
+    assert scores == [0.0, -1.0, -2.0, -3.0, -4.0]
+    assert [p.rollout for g in filtered for p in g.probes] == [p.rollout for g in groups for p in g.probes]
+
+
+def test_right_keeps_only_correct_probes_and_no_more_of_a_question_than_asked():
+    groups = failed_groups([False, True, True], [True], [False])
+    # Three correct ones, ranked by chance: which of the first question's two is kept is a coin.
+    seen = {str(kept(groups, RexRagDistill(keep_ratio=1.0), seed)[0]) for seed in range(20)}
+    assert seen == {"[False, True, False]", "[False, False, True]"}
+    assert all(kept(groups, RexRagDistill(keep_ratio=1.0), s)[1:] == [[True], [False]] for s in range(20))
+    everyone = RexRagDistill(keep_ratio=1.0, keep_per_group=0)
+    assert kept(groups, everyone) == [[False, True, True], [True], [False]]
+
+
+def test_none_keeps_every_probe():
+    groups = failed_groups([False, True], [False])
+    assert kept(groups, RexRag(filter="none", keep_ratio=0.0)) == [[True, True], [True]]
+
+
+def test_probes_without_a_cue_are_ranked_by_chance():
+    base = tuple(rollout([P] * 4) for _ in range(4))
+    probes = tuple(replace(probe_of(parent, None, [P], [-1.0]), kept=False) for parent in base)
+    groups = (RolloutGroup(QUESTION, base, probes),)
+    assert len({str(kept(groups, RexRag(keep_ratio=0.25), seed)) for seed in range(40)}) == 4
+
+
+def test_without_probes_the_groups_stay_as_they_are():
+    groups = two_groups()
+    assert filter_probes(groups, Grpo(), torch.Generator()) == groups
+    assert filter_probes((), RexRag(), torch.Generator()) == ()
+
+
+def test_groups_with_signal_are_counted_after_the_filter_and_leave_the_generator():
+    groups = failed_groups([True], [False], [True])
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    assert groups_with_signal(groups, RexRagDistill(keep_ratio=1.0), generator) == 2
+    assert groups_with_signal(groups, RexRagDistill(keep_ratio=0.1), generator) == 1
+    assert groups_with_signal(groups, RexRagDistill(keep_ratio=0.0), generator) == 0
+    assert torch.equal(generator.get_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +149,6 @@ def test_adaptive_ratio_follows_accuracy_between_floor_and_cap():
         (lambda: keep_probes(torch.zeros(2), -1), MethodError, "keep = -1, expected >= 0"),
         (lambda: keep_probes(torch.zeros(2, 2), 1), ShapeError, r"scores has shape \(2, 2\)"),
         (lambda: keep_count(10, 1.5), MethodError, "keep_ratio = 1.5"),
-        (lambda: adaptive_keep_ratio(0.1, 0.05, 0.1), MethodError, "floor = 0.1"),
         (
             lambda: cue_scores(torch.tensor([[float("inf")]]), torch.tensor([[int(Origin.CUE)]])),
             NonFiniteError,

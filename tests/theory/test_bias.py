@@ -1,23 +1,30 @@
 """METHOD §4.4: exact expectations under the real two-stage sampling, and the same by brute-force sampling."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from rexrag.config.schema import MethodConfig
+from rexrag.config.algorithms import RexRag
 from rexrag.method import clipped_surrogate, group_advantages, keep_probes
-from rexrag.method.densities import explanation_log_ratios
+from rexrag.method.corrections import correction_of
+from rexrag.method.densities import failure_rates
 from rexrag.method.filters import cue_scores
-from rexrag.method.rows import Row, correct, pad
+from rexrag.method.rows import Streams, pad
+from rexrag.method.weights import trajectory_weights
 from rexrag.theory import bias, expectation
 from rexrag.theory.exact_world import ANSWER, RIGHT, build_world, contexts
 from rexrag.theory.expectation import Estimator, expected_gradient, true_gradient
+from rexrag.theory.explanations import explanation_log_ratios
+from rexrag.types import Probe, RolloutGroup
+from tests.support.rollouts import QUESTION, C, P, rollout
 
 EXACT = Estimator()
-SHIPPED = bias.ESTIMATORS["paper, as a run does it"]
+SHIPPED = bias.ESTIMATORS["mixture, as a run does it"]
 
 
 @pytest.fixture(scope="module")
@@ -67,29 +74,35 @@ def test_true_gradient_is_the_numerical_one(world, truth):
 
 
 @pytest.mark.parametrize(("rollouts", "probability", "seed"), [(5, 0.2, 0), (3, 1.0, 1), (1, 0.5, 2)])
-def test_trajectory_is_exactly_unbiased(rollouts, probability, seed):
+def test_multiple_importance_sampling_is_exactly_unbiased(rollouts, probability, seed):
     other = build_world(horizon=6, seed=seed)
     gap = relative_bias(other, true_gradient(other), EXACT, rollouts=rollouts, probability=probability)
     assert gap < 1e-10
 
 
-def test_runs_use_the_density_that_the_table_of_biases_is_about(world):
-    """The trainer's own function on every rollout there is, against the sum over enumerated probes."""
-    paths, probes = world.paths, world.probes
+def latest_cut(world, tokens):
+    """Where probing could have cut at the latest: before the answer, and while there is room for a probe."""
+    is_answer = tokens == ANSWER
+    answered = torch.where(is_answer.any(1), is_answer.long().argmax(1), tokens.shape[1])
+    return answered.clamp(max=int(world.probes.cut.max()))
+
+
+def log_ratios(world, tokens, logp, z):
+    """log r of rollouts by reading them alone, P(fail|o′) taken as 1: float64 [B]."""
+    origin = torch.where(tokens >= 0, P, -1)
+    trie, rates = world.trie, torch.full((len(tokens),), z, dtype=torch.float64)
+    return explanation_log_ratios(
+        tokens, logp, origin, trie.cues, trie.table(), rates, latest_cut(world, tokens)
+    )
+
+
+def test_explanations_read_off_a_rollout_are_those_of_the_enumeration(world):
+    """`explanation_log_ratios` on every rollout there is, against the sum over enumerated probes."""
+    probes = world.probes
     spoken = torch.where(probes.origin == 1, probes.logp, 0.0).sum(1)
     ratio = (world.trie.table().sum(1)[probes.cue] - spoken).exp() / world.dead_rate
     expected = torch.zeros_like(world.probability).index_add_(0, probes.path, ratio).log()
-    is_answer = paths.tokens == ANSWER
-    answered = torch.where(is_answer.any(1), is_answer.long().argmax(1), paths.tokens.shape[1])
-    got = explanation_log_ratios(
-        paths.tokens,
-        world.logp,
-        torch.where(paths.written, 0, -1),
-        world.trie.cues,
-        world.trie.table(),
-        torch.full_like(world.probability, world.dead_rate),
-        answered.clamp(max=int(probes.cut.max())),
-    )
+    got = log_ratios(world, world.paths.tokens, world.logp, world.dead_rate)
     assert float((expected > -torch.inf).double().mean()) > 0.01
     assert torch.allclose(got, expected, atol=1e-12)
 
@@ -107,10 +120,10 @@ def test_plain_policy_gradient_is_exactly_unbiased(world, truth):
         {"failure_rate": "realised"},
         {"alpha": "realised"},
         {"filter": True},
-        {"realignment": "paper"},
-        {"realignment": "none"},
-        {"realignment": "internalize"},
-        {"realignment": "internalize", "tail": "truncated"},
+        {"correction": "mixture"},
+        {"correction": "none"},
+        {"correction": "context-distillation"},
+        {"correction": "context-distillation", "suffix_weight": "truncated-is"},
     ],
 )
 def test_every_departure_from_the_exact_setting_costs_something(world, truth, change):
@@ -118,9 +131,8 @@ def test_every_departure_from_the_exact_setting_costs_something(world, truth, ch
 
 
 def test_correction_beats_no_correction(world, truth):
-    gaps = [
-        relative_bias(world, truth, replace(EXACT, realignment=k)) for k in ("trajectory", "paper", "none")
-    ]
+    kinds = ("multiple-importance-sampling", "mixture", "none")
+    gaps = [relative_bias(world, truth, replace(EXACT, correction=kind)) for kind in kinds]
     assert gaps == sorted(gaps)
 
 
@@ -131,7 +143,7 @@ def test_mean_baseline_of_plain_grpo_only_shrinks_the_gradient(world, truth):
 
 
 def sample_batches(world, batches, rollouts, probability, filtered, seed):
-    """The process itself: base rollouts, coins, probes, filter. Yields (rows, right) of each batch."""
+    """The process itself: base rollouts, coins, probes, filter. Yields the group of each batch."""
     g = torch.Generator().manual_seed(seed)
     probes, tokens = world.probes, world.paths.tokens
     outcomes: dict[tuple[int, ...], torch.Tensor] = {}
@@ -139,43 +151,77 @@ def sample_batches(world, batches, rollouts, probability, filtered, seed):
         outcomes.setdefault(tuple(tokens[path, :cut].tolist()), []).append(i)
     drawn = torch.multinomial(world.probability, batches * rollouts, replacement=True, generator=g)
     for batch in drawn.view(batches, rollouts).tolist():
-        rows = [row(tokens[p], world.logp[p]) for p in batch]
-        right = [bool(world.paths.reward[p]) for p in batch]
-        made = []
-        for p in batch:
+        base, made, parents = [made_rollout(world, p) for p in batch], [], []
+        for p, parent in zip(batch, base, strict=True):
             if world.dead[p] and float(torch.rand(1, generator=g)) < probability:
                 prefix = tuple(tokens[p].tolist()[: tokens[p].tolist().index(ANSWER)])
                 ids = torch.tensor(outcomes[prefix])
                 made.append(int(ids[torch.multinomial(probes.share[ids], 1, generator=g)]))
+                parents.append(parent)
+        kept = [True] * len(made)
         if filtered and made:
-            kept = keep_probes(cue_scores(probes.logp[made], probes.origin[made]), 1)
-            made = [m for m, keep in zip(made, kept.tolist(), strict=True) if keep]
-        for m in made:
-            path, cut = int(probes.path[m]), int(probes.cut[m])
-            rows.append(
-                row(tokens[path], world.logp[path], cut, int(probes.cue[m]), int(probes.cue_length[m]))
-            )
-            right.append(bool(world.paths.reward[path]))
-        yield rows, right
+            kept = keep_probes(cue_scores(probes.logp[made], probes.origin[made]), 1).tolist()
+        yield RolloutGroup(
+            QUESTION,
+            tuple(base),
+            tuple(made_probe(world, *each) for each in zip(made, parents, kept, strict=True)),
+        )
 
 
-def row(tokens, logp, cut=-1, cue=-1, cue_length=0):
-    n = int((tokens >= 0).sum())
-    origins = [1 if cut <= t < cut + cue_length else 0 for t in range(n)]
-    return Row((), tuple(tokens[:n].tolist()), tuple(origins), tuple(logp[:n].tolist()), cut, cue, cue_length)
+def made_rollout(world, path, cut=0, cue_length=0):
+    n = int(world.paths.written[path].sum())
+    return rollout(
+        [C if cut <= t < cut + cue_length else P for t in range(n)],
+        world.logp[path, :n].tolist(),
+        world.paths.tokens[path, :n].tolist(),
+        prompt=(),
+        correct=bool(world.paths.reward[path]),
+    )
+
+
+def made_probe(world, outcome, parent, kept):
+    path, cut, cue, length = (
+        int(x[outcome])
+        for x in (world.probes.path, world.probes.cut, world.probes.cue, world.probes.cue_length)
+    )
+    return Probe(made_rollout(world, path, cut, length), parent, cut, cue, length, kept=kept)
+
+
+def corrected(correction):
+    """What a run does."""
+
+    def streams(world, tokens, batch):
+        return correction_of(correction, world.trie).streams(batch)
+
+    return streams
+
+
+def composed(world, tokens, batch):
+    """Multiple importance sampling as `theory` composes it: one weight for all tokens of a rollout."""
+    base = ~batch.is_probe
+    z = float(failure_rates(batch.correct[base], batch.groups[base])[0])
+    alpha = float(batch.is_probe.double().mean())
+    weight = trajectory_weights(log_ratios(world, tokens, batch.policy_logp, z), alpha)
+    return Streams(
+        batch.policy_logp, weight[:, None].expand(tokens.shape), tokens >= 0, tokens < -1, alpha, z
+    )
 
 
 @pytest.mark.parametrize(
-    ("estimator", "config"),
+    ("estimator", "streams_of"),
     [
-        (SHIPPED, {}),
-        (replace(SHIPPED, realignment="none"), {"realignment": "none"}),
-        (replace(SHIPPED, cue_density="coarse", filter=False, baseline="mean"), {"cue_density": "coarse"}),
+        (SHIPPED, corrected(RexRag(allow_large_alpha=True))),
+        (replace(SHIPPED, correction="none"), corrected(RexRag(correction="none"))),
+        (
+            replace(SHIPPED, cue_density="coarse", filter=False, baseline="mean"),
+            corrected(RexRag(cue_density="coarse", allow_large_alpha=True)),
+        ),
+        (replace(SHIPPED, correction="multiple-importance-sampling", fail_known=False), composed),
     ],
-    ids=["paper", "none", "coarse"],
+    ids=["mixture", "none", "coarse", "multiple importance sampling"],
 )
-def test_sampling_the_real_pipeline_agrees_with_the_exact_expectation(world, estimator, config):
-    """2,500 sampled batches through pad → correct → advantages → surrogate, tested in three directions."""
+def test_sampling_the_real_pipeline_agrees_with_the_exact_expectation(world, estimator, streams_of):
+    """2,500 batches through rows → pad → streams → advantages → surrogate, tested in three directions."""
     # Six, because with five and one probe a base ratio is 1/(1 − 1/6) = 1.2, exactly on the clip's edge.
     batches, rollouts = 2500, 6
     exact = expected_gradient(world, estimator, rollouts, 0.5)
@@ -184,14 +230,16 @@ def test_sampling_the_real_pipeline_agrees_with_the_exact_expectation(world, est
     g = torch.Generator().manual_seed(7)
     directions = torch.stack([true_gradient(world), exact, torch.randn(exact.shape, generator=g).double()])
     directions = (directions / directions.norm(dim=1, keepdim=True)).view(3, *table.shape)
-    settings = MethodConfig(allow_large_alpha=True, **config)
+    correction = correction_of(RexRag(), world.trie)
     found = []
-    for rows, right in sample_batches(world, batches, rollouts, 0.5, estimator.filter, seed=11):
-        batch = pad(rows, [0] * len(rows), right)
-        streams = correct(batch, settings, world.trie)
+    for group in sample_batches(world, batches, rollouts, 0.5, estimator.filter, seed=11):
+        rows = correction.rows([group])
+        batch = pad(rows)
+        tokens = pad_sequence([torch.tensor(row.tokens) for row in rows], True, -1)
+        streams = streams_of(world, tokens, batch)
         scale = "std" if estimator.baseline == "std" else "none"
-        advantages = group_advantages(batch.right.double(), batch.groups, scale)
-        logp = log_policy[contexts(batch.tokens), batch.tokens]
+        advantages = group_advantages(batch.correct.double(), batch.groups, scale)
+        logp = log_policy[contexts(tokens), tokens.clamp(min=0)]
         leaf = logp.detach().requires_grad_(True)
         loss, _ = clipped_surrogate(
             leaf,
@@ -200,6 +248,7 @@ def test_sampling_the_real_pipeline_agrees_with_the_exact_expectation(world, est
             streams.mask,
             0.2,
             0.2,
+            weight=streams.weight,
             aggregation="sequence-sum",
             normalizer=float(len(rows)),
         )
@@ -217,7 +266,31 @@ def test_the_command_prints_every_estimator(capsys, monkeypatch):
     bias.main()
     rows = json.loads(capsys.readouterr().out)
     assert set(rows) == set(bias.ESTIMATORS)
-    assert rows["trajectory, all exact"]["bias"] < 1e-10
+    assert rows["multiple importance sampling, all exact"]["bias"] < 1e-10
+
+
+def test_the_table_says_first_how_long_it_takes_and_what_its_columns_mean(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bias", "--horizon", "6", "--rollouts", "2"])
+    one = dict(list(bias.ESTIMATORS.items())[:2])
+    monkeypatch.setattr(bias, "ESTIMATORS", one)
+    bias.main()
+    said = capsys.readouterr().out.splitlines()
+    assert "minutes" in said[0]
+    columns = next(
+        i for i, line in enumerate(said) if line.split() == ["estimator", "bias", "cosine", "norm"]
+    )
+    for word in ("bias", "cosine", "norm"):
+        assert any(line.startswith(word) for line in said[:columns]), word
+    assert [line[:45].rstrip() for line in said[columns + 1 :]] == list(one)
+    assert max(len(name) for name in bias.ESTIMATORS) < 45
+
+
+def test_the_old_module_says_its_new_name():
+    done = subprocess.run(
+        [sys.executable, "-m", "rexrag.method.bias"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert "python -m rexrag.theory.bias" in done.stderr
 
 
 def outcomes_of_parents(world, parents, g):
@@ -237,7 +310,7 @@ def test_a_probed_dead_end_and_its_probe_share_the_baseline(world, filtered, mon
     """Every dead end is probed (p = 1): a parent's prefix says how likely its own probe raises the mean."""
     # Two rollouts: a parent's own probe is then a large part of its group.
     batches, rollouts = 120_000, 2
-    estimator = replace(EXACT, realignment="none", baseline="mean", filter=filtered)
+    estimator = replace(EXACT, correction="none", baseline="mean", filter=filtered)
     g, probes, p = torch.Generator().manual_seed(3), world.probes, world.probability
     # The direction in which it matters that a parent's own prefix says how likely its probe is right.
     exact_gradient = expected_gradient(world, estimator, rollouts, 1.0)
