@@ -13,9 +13,10 @@ from rexrag.errors import CheckpointError, DataError, RunFolderError
 from rexrag.io import sha256_file, write_json
 from rexrag.method import CueTrie
 from rexrag.training import loop
-from rexrag.training.components import Data, Setup
+from rexrag.training.components import Components, Data
 from rexrag.training.loop import questions_of, step_seed, train
 from rexrag.training.run_folder import clear_unsaved, free_folder, has_checkpoint, held, last_checkpoint
+from rexrag.training.step import StepContext
 from rexrag.types import Question
 from tests.support.fakes import CharCodec, FakeRetriever, ScriptedPolicy
 
@@ -30,7 +31,7 @@ class CountingLearner:
         self.updates = 0
         self.seen = []
 
-    def update(self, samples, method, temperature):
+    def update(self, samples, algorithm, temperature):
         self.updates += 1
         self.seen.append(len(samples))
         return {"loss": 0.0, "grad_norm": float("nan")}
@@ -46,16 +47,13 @@ def scripted(question, turn, attempt):
     return "<think>x</think><answer>right</answer>" if attempt % 2 else "<answer>wrong</answer>"
 
 
-def fake_setup(learner=None, cues=TRIE):
+def fake_components(learner=None, cues=TRIE):
     questions = [Question(str(i), f"Q{i}", ("right",)) for i in range(6)]
     policy = ScriptedPolicy(scripted)
-    return Setup(
-        policy,
+    return Components(
+        StepContext(policy, FakeRetriever(), cues, policy),
         learner or CountingLearner(),
-        policy,
-        FakeRetriever(),
         Data(questions, questions[:3], []),
-        cues,
     )
 
 
@@ -63,19 +61,21 @@ def config(*overrides):
     base = [
         "train.questions=2",
         "train.steps=4",
-        "method.rollouts=2",
-        "method.filter=none",
+        "algorithm.name=rex-rag",
+        "algorithm.rollouts=2",
+        "algorithm.filter=none",
+        "algorithm.allow_large_alpha=true",
         "train.save_every=2",
     ]
-    return parse_config({}, [*base, "method.allow_large_alpha=true", "agent.template=terse", *overrides])
+    return parse_config({}, [*base, "agent.template=terse", *overrides])
 
 
 @pytest.fixture
 def fake(monkeypatch):
     made = []
 
-    def build(_):
-        made.append(fake_setup())
+    def build(_, plugins=None):
+        made.append(fake_components())
         return made[-1]
 
     monkeypatch.setattr(loop, "build", build)
@@ -146,10 +146,10 @@ def test_a_resume_with_other_settings_says_so_and_keeps_the_old_ones(tmp_path, f
 
 def test_fewer_dead_ends_are_probed_once_probes_fail(tmp_path, fake):
     """Half of the scripted probes are right: with a target of one, p falls towards a half."""
-    settings = ["train.steps=60", "method.probe_probability=1.0", "train.log_rollouts=0", "train.evals=0"]
+    settings = ["train.steps=60", "algorithm.probe_probability=1.0", "train.log_rollouts=0", "train.evals=0"]
     drawn = {}
     for target in (0.0, 0.4, 1.0):
-        train(config(*settings, f"method.probe_target={target}"), tmp_path / f"{target}")
+        train(config(*settings, f"algorithm.probe_target={target}"), tmp_path / f"{target}")
         drawn[target] = [row["probes/drawn"] for row in rows(tmp_path / f"{target}" / "metrics.jsonl")]
     assert drawn[0.0] == drawn[0.4] and min(drawn[0.0]) == max(drawn[0.0]) > 0
     assert drawn[1.0][0] == drawn[0.0][0]
@@ -202,7 +202,7 @@ def test_nothing_goes_before_all_else_is_well(tmp_path, fake, monkeypatch):
     shutil.rmtree(folder / "checkpoints")
     (folder / "summary.json").unlink()
 
-    def fails(_):
+    def fails(_, plugins):
         raise DataError("no such corpus")
 
     monkeypatch.setattr(loop, "build", fails)
@@ -283,7 +283,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, fake):
 def test_a_changed_cue_pool_is_an_error(tmp_path, fake, monkeypatch):
     train(config(), tmp_path / "run")
     other = CueTrie([CODEC.encode("<think> hm")])
-    monkeypatch.setattr(loop, "build", lambda _: fake_setup(cues=other))
+    monkeypatch.setattr(loop, "build", lambda _, plugins: fake_components(cues=other))
     with pytest.raises(CheckpointError, match="run's 'cues' has changed since this checkpoint"):
         train(config(), tmp_path / "run", resume=True)
 
@@ -331,23 +331,27 @@ REAL = [
     "train.max_generated=0",
     "train.threads=1",
     "policy.device=cpu",
-    "method.rollouts=3",
-    "method.probe_probability=1.0",
-    "method.filter=none",
-    "method.allow_large_alpha=true",
+    "algorithm.rollouts=3",
     "data.world_people=24",
     "data.world_questions=30",
     "data.dev_limit=6",
 ]
 
 
-FOLLOWING = ["method.probe_target=1.0", "method.keep=adaptive", "method.keep_floor=0.02"]
-"""Settings that depend on what earlier steps saw."""
+PROBING = ["algorithm.probe_probability=1.0", "algorithm.filter=none"]
+LARGE = "algorithm.allow_large_alpha=true"
+FOLLOWING = [*PROBING, "algorithm.probe_target=1.0", "algorithm.keep_per_group=0"]
+"""With a p that depends on what earlier steps saw."""
 
 
 @pytest.mark.parametrize(
     ("arm", "more"),
-    [("grpo", []), ("rex-rag", []), ("rex-rag-internalize", []), ("rex-rag-rescue", FOLLOWING)],
+    [
+        ("grpo", []),
+        ("rex-rag", [*PROBING, LARGE]),
+        ("rex-rag-context-distillation", PROBING),
+        ("rex-rag-distill", FOLLOWING),
+    ],
 )
 def test_two_steps_and_two_more_are_four_bit_for_bit(tmp_path, arm, more):
     settings = presets.resolve("quickstart", arm, [*REAL, *more])
@@ -371,7 +375,7 @@ def test_two_steps_and_two_more_are_four_bit_for_bit(tmp_path, arm, more):
 
 
 def test_diagnostics_and_a_fresh_world_are_measured_beside_the_budget(tmp_path):
-    small = ["policy.path=embedded", "train.questions=6", "method.rollouts=3", "data.dev_limit=12"]
+    small = ["policy.path=tiny-hard", "train.questions=6", "algorithm.rollouts=3", "data.dev_limit=12"]
     small += [
         "train.evals=1",
         "data.fresh_questions=10",
@@ -379,8 +383,8 @@ def test_diagnostics_and_a_fresh_world_are_measured_beside_the_budget(tmp_path):
         "train.steps=3",
         "train.control=''",
     ]
-    small += ["method.probe_probability=1.0", "method.keep_ratio=0.5", "train.max_generated=0"]
-    config = presets.resolve(None, "rex-rag", [*small, "method.allow_large_alpha=true"])
+    small += ["algorithm.probe_probability=1.0", "algorithm.keep_ratio=0.5", "train.max_generated=0"]
+    config = presets.resolve(None, "rex-rag", [*small, LARGE])
     summary = train(config, tmp_path / "run")
     steps = rows(tmp_path / "run" / "metrics.jsonl")
     assert ["kl_to_start" in step for step in steps] == [True, False, True]
