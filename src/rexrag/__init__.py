@@ -39,7 +39,29 @@ _WHERE = {
     "train": "rexrag.api.runs",
 }
 """Public name -> the module that defines it."""
-__all__ = ["__version__", *_WHERE]
+__all__ = [
+    "Agent",
+    "Answer",
+    "BlindRollout",
+    "Comparison",
+    "Config",
+    "Document",
+    "Evaluation",
+    "JudgeContext",
+    "Probe",
+    "Question",
+    "RexragError",
+    "Rollout",
+    "RolloutGroup",
+    "Run",
+    "Trainer",
+    "__version__",
+    "compare",
+    "evaluate",
+    "load_agent",
+    "load_config",
+    "train",
+]
 
 if TYPE_CHECKING:
     from rexrag.agent.dead_end_judge import BlindRollout, JudgeContext

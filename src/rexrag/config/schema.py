@@ -1,4 +1,4 @@
-"""Configuration: one tree of frozen pydantic models. `config_io.py` reads and writes it.
+"""Configuration: one tree of frozen pydantic models. `files.py` reads and writes it.
 
 Every field is documented where it stands; `docs/paper_map.md` puts the paper's settings beside them.
 """

@@ -1,0 +1,21 @@
+"""A judge of answers of your own: an answer is correct where it holds a gold answer as whole words.
+
+python examples/answer_judge.py
+rexrag train --set agent.answer_judge=answer_judge:holds_gold        (from this folder)
+"""
+
+from sizes import SMALL
+
+import rexrag
+
+
+def holds_gold(answer: str, question: rexrag.Question) -> bool:
+    """Does the answer hold a gold answer as whole words?"""
+    words = f" {' '.join(answer.lower().split())} "
+    return any(f" {' '.join(gold.lower().split())} " in words for gold in question.answers)
+
+
+if __name__ == "__main__":
+    run = rexrag.train("quickstart", out="runs/example-judge", overrides=SMALL, judge=holds_gold)
+    first = run.evaluations()[0]
+    print(f"exact match {first['em']['value']:.3f}, correct {first['correct']['value']:.3f}")

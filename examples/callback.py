@@ -1,0 +1,22 @@
+"""A callback: told of every event of a run. Here it keeps a small log of its own.
+
+python examples/callback.py
+rexrag train --set 'train.callbacks=["callback:print_reward"]'        (from this folder)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sizes import SMALL
+
+import rexrag
+
+
+def print_reward(event: str, facts: Mapping[str, Any]) -> None:
+    """Print the mean reward of every step; events are start, evaluate, step and end."""
+    if event == "step":
+        print(f"step {facts['step']}: reward {facts['reward/mean']:.2f}")
+
+
+if __name__ == "__main__":
+    rexrag.train("quickstart", out="runs/example-callback", overrides=SMALL, callbacks=[print_reward])

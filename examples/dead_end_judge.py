@@ -1,0 +1,35 @@
+"""A dead-end judge of your own: it finds wrong answers without the gold one, by their log-probability.
+
+    python examples/dead_end_judge.py
+    rexrag train --set algorithm.dead_ends=judge \
+        --set algorithm.dead_end_judge=dead_end_judge:unsure        (from this folder)
+"""
+
+import math
+from collections.abc import Sequence
+
+from sizes import SMALL
+
+import rexrag
+
+
+def unsure(rollouts: Sequence[rexrag.BlindRollout], context: rexrag.JudgeContext) -> list[float]:
+    """P(dead end): one minus the geometric mean of the answer tokens' probabilities."""
+    chances = []
+    for rollout in rollouts:
+        last = rollout.turns[-1] if rollout.turns else None
+        start = last.action_start if last is not None and last.action == "answer" else None
+        logps = rollout.logps[start:] if start is not None else ()
+        chances.append(1.0 - math.exp(sum(logps) / len(logps)) if logps else 1.0)
+    return chances
+
+
+if __name__ == "__main__":
+    run = rexrag.train(
+        "quickstart",
+        out="runs/example-dead-ends",
+        algorithm="rex-rag",
+        overrides=[*SMALL, "algorithm.probe_probability=1.0"],
+        dead_end_judge=unsure,
+    )
+    print([row["probes/drawn"] for row in run.metrics()])

@@ -1,0 +1,40 @@
+"""Your own questions and passages. Replace the two files; the model here is the tiny one of the package.
+
+python examples/own_data.py
+"""
+
+import json
+from pathlib import Path
+
+from sizes import SMALL
+
+import rexrag
+from rexrag.data.world.generator import World
+
+
+def write_files(folder: Path) -> dict[str, Path]:
+    """Questions as {"question", "answers"}, passages as {"id", "contents"}: any source will do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    world = World(5, 24)
+    rows = {
+        "train": [{"question": q.text, "answers": q.answers} for q in world.questions("train", 20)],
+        "dev": [{"question": q.text, "answers": q.answers} for q in world.questions("held-out", 8)],
+        "corpus": [{"id": d.id, "contents": d.contents} for d in world.documents],
+    }
+    files = {}
+    for name, lines in rows.items():
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return files
+
+
+if __name__ == "__main__":
+    files = write_files(Path("runs/example-own-data-files"))
+    data = [f"data.{name}={path}" for name, path in files.items()]
+    run = rexrag.train(
+        "quickstart",
+        out="runs/example-own-data",
+        overrides=[*(s for s in SMALL if "world" not in s), *data],
+    )
+    print(run.verdict)
+    print(run.agent().ask("Who is married to Clara Nyberg?").answer)

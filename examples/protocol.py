@@ -1,0 +1,34 @@
+"""A protocol of your own: the built-in tags, but evidence as a numbered list of titles and texts.
+
+python examples/protocol.py
+rexrag train --set agent.protocol=protocol:NumberedEvidence        (from this folder)
+"""
+
+from collections.abc import Sequence
+
+from sizes import SMALL
+
+import rexrag
+from rexrag.agent.protocols.base import TokenCodec
+from rexrag.agent.protocols.tags import Tags
+
+
+class NumberedEvidence(Tags):
+    """Only the text of the evidence differs; the frame, and what keeps documents from acting, stay."""
+
+    def render_evidence(
+        self, documents: Sequence[rexrag.Document], codec: TokenCodec, max_tokens: int
+    ) -> list[int]:
+        """Token ids of the evidence block, at most `max_tokens`."""
+        shown = [
+            rexrag.Document(document.id, f"({i}) {document.title}\n{document.text}")
+            for i, document in enumerate(documents, start=1)
+        ]
+        return super().render_evidence(shown, codec, max_tokens)
+
+
+if __name__ == "__main__":
+    run = rexrag.train(
+        "quickstart", out="runs/example-protocol", overrides=SMALL, protocol=NumberedEvidence()
+    )
+    print(run.evaluations()[-1]["em"])
