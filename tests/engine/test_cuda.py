@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rexrag.config.presets import resolve
-from rexrag.config.schema import MethodConfig
+from rexrag.config.algorithms import Grpo
 from rexrag.engine.attention import use_packed_attention
 from rexrag.engine.learning.learner import LocalLearner
 from rexrag.engine.loading import load_engine
@@ -177,13 +177,13 @@ def test_a_probe_equals_prefilling_its_prefix_anew(cue):
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_the_gradient_is_the_cpu_s(name):
-    method = MethodConfig(clip_low=0.1, clip_high=0.15, tail_cap=0.6)
+    algorithm = Grpo(clip_low=0.1, clip_high=0.15)
     with torch.device("cpu"):
         reference = learner(MAKERS[name](), micro_tokens=40)
         rows = near_policy(reference.model, samples(24))
-        expected, wanted = gradients(reference, rows, method)
+        expected, wanted = gradients(reference, rows, algorithm)
         trainer = learner(MAKERS[name]().to("cuda"), micro_tokens=40)
-        found, metrics = gradients(trainer, rows, method)
+        found, metrics = gradients(trainer, rows, algorithm)
     assert distance({name: grad.cpu() for name, grad in found.items()}, expected) < 1e-4
     assert metrics == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
@@ -202,14 +202,14 @@ def test_a_checkpoint_moves_between_gpu_and_cpu(tmp_path: Path):
     with torch.device("cpu"):
         rows = near_policy(llama(), samples(24))
         here = learner(llama().to("cuda"))
-        here.update(rows, MethodConfig(), 1.0)
+        here.update(rows, Grpo(), 1.0)
         here.save(tmp_path)
         moved: dict[str, LocalLearner] = {}
         for device in ("cuda", "cpu"):
             moved[device] = learner(llama(seed=1).to(device))
             moved[device].load(tmp_path)
         for trainer in (here, *moved.values()):
-            trainer.update(rows, MethodConfig(), 1.0)
+            trainer.update(rows, Grpo(), 1.0)
     for trainer in moved.values():
         for name, weight in here.trained.items():
             assert torch.allclose(weight.cpu(), trainer.trained[name].cpu(), atol=1e-5)
@@ -221,8 +221,8 @@ def test_a_checkpoint_moves_between_gpu_and_cpu(tmp_path: Path):
 def test_a_run_goes_on_where_it_stopped(changes, tmp_path: Path):
     with torch.device("cpu"):
         fixed = ["train.control=''", "train.evals=1", "data.dev_limit=40", "train.questions=4", *changes]
-        assert str(load_engine(resolve(None, "rex-rag-rescue", fixed))[0].model.device).startswith("cuda")
+        assert str(load_engine(resolve(None, "rex-rag-distill", fixed))[0].model.device).startswith("cuda")
         for steps in (1, 2):
-            config = resolve(None, "rex-rag-rescue", [*fixed, f"train.steps={steps}"])
+            config = resolve(None, "rex-rag-distill", [*fixed, f"train.steps={steps}"])
             train(config, tmp_path / "run", resume=steps > 1)
     assert (tmp_path / "run" / "checkpoints" / "step-2").is_dir()

@@ -83,7 +83,7 @@ def test_the_same_model_behind_an_endpoint_and_in_the_local_engine():
     agent = AgentConfig(
         template="terse", search_turns=3, turn_tokens=48, evidence_tokens=120, total_tokens=512
     )
-    folder = resolve("embedded")
+    folder = resolve("tiny-hard")
     codec = load_codec(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
 
@@ -100,7 +100,7 @@ def test_the_same_model_behind_an_endpoint_and_in_the_local_engine():
         return ids, None, False
 
     local = [Episode(question, codec, agent, 2) for question in questions]
-    session = load_policy(PolicyConfig(path="embedded", device="cpu")).session()
+    session = load_policy(PolicyConfig(path="tiny-hard", device="cpu")).session()
     session.run(local, retriever, 0.0, 0)
     session.close()
     with running(CompletionsServer(greedy, codec.decode).app) as url:
@@ -163,7 +163,7 @@ def test_the_tag_that_was_opened_last_is_the_one_that_stopped():
 
 
 def test_an_end_token_that_is_written_out_is_not_read_as_text():
-    codec = load_codec(resolve("embedded"))
+    codec = load_codec(resolve("tiny-hard"))
     end = codec.decode([min(codec.eos_ids)])
     assert end.strip() and _without_end(f"oslo{end}", codec) == "oslo"
 

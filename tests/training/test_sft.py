@@ -217,7 +217,7 @@ def test_shipped_starts_are_small_and_know_their_words(name: str) -> None:
 
 
 def test_the_hard_start_answers_what_it_does_not_give_up_on() -> None:
-    policy = load_policy(PolicyConfig(path="embedded", device="cpu"))
+    policy = load_policy(PolicyConfig(path="tiny-hard", device="cpu"))
     world = World(11)
     questions = [q for q in world.questions("held-out", 80, hops=(1, 1)) if q.kind not in HARD_KINDS]
     episodes = [Episode(q, policy.codec, EMBEDDED_AGENT, 2) for q in questions]

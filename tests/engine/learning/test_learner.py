@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rexrag.config.schema import LearnerConfig, MethodConfig, PolicyConfig
+from rexrag.config.algorithms import Grpo, Shared
+from rexrag.config.schema import LearnerConfig, PolicyConfig
 from rexrag.engine.attention import token_logps, use_packed_attention
 from rexrag.engine.learning.checkpoint import full_weights
 from rexrag.engine.learning.learner import LocalLearner, refresh
@@ -23,7 +24,7 @@ from rexrag.types import Sample, Segment
 from tests.support.scripted import MAKERS, VOCABULARY, llama, qwen2
 
 Grads = dict[str, torch.Tensor]
-METHOD = MethodConfig()
+GRPO = Grpo()
 
 
 def packed(model):
@@ -54,7 +55,6 @@ def samples(n: int = 9, seed: int = 0, groups: int = 3, streams: bool = True) ->
                 weight=tuple(rng.uniform(0.2, 2) for _ in range(size)) if streams and i % 2 else (),
                 truncated=tuple(rng.random() < 0.5 for _ in range(size)) if streams and i % 3 else (),
                 segment=tuple(rng.randrange(len(Segment)) for _ in range(size)),
-                group=i % groups,
             )
         )
     return rows
@@ -71,7 +71,7 @@ def near_policy(model, rows: Sequence[Sample], noise: float = 0.3) -> list[Sampl
     ]
 
 
-def gradients(trainer: LocalLearner, rows, method=METHOD, temperature=1.0) -> tuple[Grads, dict[str, float]]:
+def gradients(trainer: LocalLearner, rows, algorithm=GRPO, temperature=1.0) -> tuple[Grads, dict[str, float]]:
     """The gradient of one update that moves nothing."""
     found: Grads = {}
     step = trainer.optimizer.step
@@ -81,7 +81,7 @@ def gradients(trainer: LocalLearner, rows, method=METHOD, temperature=1.0) -> tu
 
     trainer.optimizer.step = keep
     try:
-        metrics = trainer.update(rows, method, temperature)
+        metrics = trainer.update(rows, algorithm, temperature)
     finally:
         trainer.optimizer.step = step
     return found, metrics
@@ -101,7 +101,7 @@ def naive_logps(model, row: Sample, temperature: float = 1.0) -> torch.Tensor:
     return logits[start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
 
 
-def naive_loss(model, rows: Sequence[Sample], method: MethodConfig, temperature: float) -> torch.Tensor:
+def naive_loss(model, rows: Sequence[Sample], algorithm: Shared, temperature: float) -> torch.Tensor:
     """PPO's surrogate token by token, one row at a time, with the model's own forward."""
     total = torch.zeros((), dtype=torch.float64)
     tokens = sum(sum(row.mask) for row in rows)
@@ -112,30 +112,28 @@ def naive_loss(model, rows: Sequence[Sample], method: MethodConfig, temperature:
             if not row.mask[t]:
                 continue
             ratio = (logp - row.behaviour_logp[t]).exp()
-            low, high = 1 - method.clip_low, 1 + method.clip_high
+            low, high = 1 - algorithm.clip_low, 1 + algorithm.clip_high
             value = torch.minimum(ratio * row.advantage, ratio.clamp(low, high) * row.advantage)
             if row.truncated and row.truncated[t]:
-                value = ratio.detach().clamp(max=method.tail_cap) * logp * row.advantage
+                value = ratio.detach().clamp(max=1.0) * logp * row.advantage
             own = own + value * (row.weight[t] if row.weight else 1.0)
-        if method.aggregation == "sequence-mean":
-            own = own / max(1, sum(row.mask))
         total = total - own
-    return total / (tokens if method.aggregation == "token-mean" else active)
+    return total / (tokens if algorithm.aggregation == "token-mean" else active)
 
 
-@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean", "sequence-sum"])
+@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-sum"])
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_gradient_is_that_of_a_naive_loop_in_float64(name, aggregation):
-    method = MethodConfig(aggregation=aggregation, clip_low=0.1, clip_high=0.15, tail_cap=0.6)
+    algorithm = Grpo(aggregation=aggregation, clip_low=0.1, clip_high=0.15)
     reference = MAKERS[name]().double()
     rows = near_policy(reference, samples(24))
-    loss = naive_loss(reference, rows, method, 0.8)
+    loss = naive_loss(reference, rows, algorithm, 0.8)
     loss.backward()
     expected = {name: p.grad for name, p in reference.named_parameters()}
     for double, tolerance in ((True, 1e-6), (False, 1e-4)):
         # token_logps computes in float32 whatever the weights are.
         trainer = learner(MAKERS[name]().double() if double else MAKERS[name](), micro_tokens=40)
-        found, metrics = gradients(trainer, rows, method, 0.8)
+        found, metrics = gradients(trainer, rows, algorithm, 0.8)
         assert metrics["micro_batches"] > 1
         assert metrics["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
         assert distance(expected, found) < tolerance
@@ -197,17 +195,17 @@ def test_rows_without_advantage_are_counted_but_not_run():
     assert few["rows_skipped"] == 0 and many["rows_skipped"] == 8
     assert many["trained_tokens"] == 2 * few["trained_tokens"]
     assert distance({name: grad / 2 for name, grad in alone.items()}, diluted) < 1e-6
-    _, with_kl = gradients(learner(reference=True), loud + quiet, MethodConfig(kl=0.1))
+    _, with_kl = gradients(learner(reference=True), loud + quiet, Grpo(kl=0.1))
     assert with_kl["rows_skipped"] == 0
 
 
 def test_a_step_without_a_trainable_sample_moves_nothing():
     trainer = learner(weight_decay=0.1)
-    trainer.update(samples(), METHOD, 1.0)
+    trainer.update(samples(), GRPO, 1.0)
     before = {name: p.clone() for name, p in trainer.trained.items()}
     quiet = [dataclasses.replace(row, advantage=0.0) for row in samples()]
     for rows in (quiet, []):
-        metrics = trainer.update(rows, METHOD, 1.0)
+        metrics = trainer.update(rows, GRPO, 1.0)
         assert metrics["updates"] == 0 and metrics["updates_skipped"] >= 1
         assert all(torch.equal(p, before[name]) for name, p in trainer.trained.items())
 
@@ -215,7 +213,7 @@ def test_a_step_without_a_trainable_sample_moves_nothing():
 def test_the_number_of_updates_is_fixed_and_every_row_is_used_once():
     for rows in (samples(6), samples(13), samples(40)):
         rows = [dataclasses.replace(row, advantage=1.0) for row in rows]
-        metrics = learner(minibatches=3).update(rows, METHOD, 1.0)
+        metrics = learner(minibatches=3).update(rows, GRPO, 1.0)
         assert metrics["updates"] + metrics["updates_skipped"] == 3
         assert metrics["rows"] == len(rows)
         assert metrics["trained_tokens"] == sum(sum(row.mask) for row in rows)
@@ -226,17 +224,17 @@ def test_base_and_probe_rows_mix_in_the_mini_batches():
     base, probes = samples(20, seed=1), samples(20, seed=2)
     seen: list[list[bool]] = []
     trainer._minibatch = lambda rows, *_: seen.append([row in probes for row in rows])
-    trainer.update(base + probes, METHOD, 1.0)
+    trainer.update(base + probes, GRPO, 1.0)
     assert all(3 < sum(batch) < 17 for batch in seen)
     again: list[list[bool]] = []
     trainer._minibatch = lambda rows, *_: again.append([row in probes for row in rows])
-    trainer.update(base + probes, METHOD, 1.0)
+    trainer.update(base + probes, GRPO, 1.0)
     assert again != seen
 
 
 def test_the_rate_warms_up_over_steps_and_stays():
     trainer = learner(warmup_steps=4, lr=1e-4, minibatches=2)
-    rates = [trainer.update(samples(), METHOD, 1.0)["lr"] for _ in range(6)]
+    rates = [trainer.update(samples(), GRPO, 1.0)["lr"] for _ in range(6)]
     assert rates == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4])
 
 
@@ -256,7 +254,7 @@ def test_a_gradient_that_is_not_finite_is_counted_and_not_applied():
         trainer.model.model.norm.weight[0] = math.inf
     before = {name: p.clone() for name, p in trainer.trained.items()}
     row = dataclasses.replace(samples(1)[0], mask=(True,) * len(samples(1)[0].tokens), advantage=1.0)
-    metrics = trainer.update([row], METHOD, 1.0)
+    metrics = trainer.update([row], GRPO, 1.0)
     assert metrics["nonfinite_updates"] == trainer.state.nonfinite_updates == 1
     assert metrics["updates"] == trainer.state.updates == 0
     assert all(torch.equal(p, before[name]) for name, p in trainer.trained.items())
@@ -283,17 +281,17 @@ def test_segments_are_reported_apart():
 
 def test_kl_pulls_towards_the_weights_of_the_start():
     trainer = learner(reference=True, lr=1e-2)
-    method = MethodConfig(kl=1.0)
+    algorithm = Grpo(kl=1.0)
     rows = [dataclasses.replace(row, mask=(True,) * len(row.tokens)) for row in samples()]
-    assert trainer.update(rows, method, 1.0)["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert trainer.update(rows, algorithm, 1.0)["kl"] == pytest.approx(0.0, abs=1e-6)
     # Pull and push differ: with advantages of zero, only the pull is left.
     quiet = [dataclasses.replace(row, advantage=0.0) for row in rows]
     for group in trainer.optimizer.param_groups:
         group["betas"] = (0.0, 0.95)
-    kls = [trainer.update(quiet, method, 1.0)["kl"] for _ in range(12)]
+    kls = [trainer.update(quiet, algorithm, 1.0)["kl"] for _ in range(12)]
     assert kls[0] > 1e-3 and kls[-1] < 0.5 * kls[0]
     with pytest.raises(ConfigError, match="reference"):
-        learner().update(rows, method, 1.0)
+        learner().update(rows, algorithm, 1.0)
 
 
 def test_a_reference_that_is_not_finite_is_counted_and_pulls_at_nothing():
@@ -301,7 +299,7 @@ def test_a_reference_that_is_not_finite_is_counted_and_pulls_at_nothing():
     with torch.no_grad():
         next(trainer.reference.parameters())[:] = math.nan
     rows = [dataclasses.replace(row, mask=(True,) * len(row.tokens)) for row in samples()]
-    metrics = trainer.update(rows, MethodConfig(kl=1.0), 1.0)
+    metrics = trainer.update(rows, Grpo(kl=1.0), 1.0)
     trained = sum(len(row.tokens) for row in rows)  # a row without an advantage is still pulled
     assert metrics["nonfinite_kl_tokens"] == trained > 0 and metrics["kl"] == 0.0
     assert metrics["nonfinite_tokens"] == metrics["nonfinite_updates"] == 0 and metrics["updates"] == 1
@@ -310,9 +308,9 @@ def test_a_reference_that_is_not_finite_is_counted_and_pulls_at_nothing():
 
 def test_autocast_stays_near_float32_and_keeps_float32_weights():
     rows = near_policy(packed(llama()), [dataclasses.replace(r, advantage=1.0) for r in samples(20)])
-    exact, _ = gradients(learner(llama()), rows, MethodConfig(clip_low=1.0, clip_high=100.0))
+    exact, _ = gradients(learner(llama()), rows, Grpo(clip_low=1.0, clip_high=100.0))
     trainer = learner(llama(), autocast=True)
-    rough, _ = gradients(trainer, rows, MethodConfig(clip_low=1.0, clip_high=100.0))
+    rough, _ = gradients(trainer, rows, Grpo(clip_low=1.0, clip_high=100.0))
     flat = [torch.cat([g.flatten() for g in x.values()]) for x in (exact, rough)]
     assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.98
     assert all(p.dtype == torch.float32 for p in trainer.trained.values())
@@ -356,14 +354,14 @@ def test_lora_trains_its_adapters_alone(name):
     own, ref = dict(model.named_parameters()), dict(trainer.reference.named_parameters())
     assert all((own[n] is ref[n]) == (n not in trainer.trained) for n in own)
     _assert_only_trained_moves(trainer)
-    assert trainer.update(rows, MethodConfig(kl=0.1), 1.0)["kl"] > 0
+    assert trainer.update(rows, Grpo(kl=0.1), 1.0)["kl"] > 0
 
 
 def _assert_only_trained_moves(trainer: LocalLearner) -> None:
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     rows = [dataclasses.replace(row, advantage=1.0) for row in samples(20)]
     for _ in range(2):  # a LoRA's A moves only once its B has
-        trainer.update(rows, METHOD, 1.0)
+        trainer.update(rows, GRPO, 1.0)
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in trainer.trained), name
 
@@ -389,12 +387,12 @@ def test_two_and_two_updates_equal_four_bit_for_bit(policy, tmp_path):
 
     straight, first, second = fresh(), fresh(), fresh()
     steps = [samples(12, seed=i) for i in range(4)]
-    expected = [straight.update(rows, METHOD, 1.0) for rows in steps]
-    found = [first.update(rows, METHOD, 1.0) for rows in steps[:2]]
+    expected = [straight.update(rows, GRPO, 1.0) for rows in steps]
+    found = [first.update(rows, GRPO, 1.0) for rows in steps[:2]]
     first.save(tmp_path / "checkpoint")
     assert not [f for f in (tmp_path / "checkpoint").iterdir() if f.suffix not in (".safetensors", ".json")]
     second.load(tmp_path / "checkpoint")
-    found += [second.update(rows, METHOD, 1.0) for rows in steps[2:]]
+    found += [second.update(rows, GRPO, 1.0) for rows in steps[2:]]
     assert expected == found
     assert all(torch.equal(p, second.trained[name]) for name, p in straight.trained.items())
     assert second.state.updates == 8 and second.state.steps == 4
@@ -402,7 +400,7 @@ def test_two_and_two_updates_equal_four_bit_for_bit(policy, tmp_path):
 
 def test_a_checkpoint_of_all_weights_is_a_hugging_face_model(tmp_path):
     trainer = learner(qwen2(), seed=5)
-    trainer.update(samples(), METHOD, 1.0)
+    trainer.update(samples(), GRPO, 1.0)
     trainer.save(tmp_path)
     again = type(trainer.model).from_pretrained(tmp_path, dtype=torch.float32)
     assert all(torch.equal(p, full_weights(again)[n]) for n, p in full_weights(trainer.model).items())
@@ -410,7 +408,7 @@ def test_a_checkpoint_of_all_weights_is_a_hugging_face_model(tmp_path):
 
 def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
     trainer = learner()
-    trainer.update(samples(), METHOD, 1.0)
+    trainer.update(samples(), GRPO, 1.0)
     trainer.save(tmp_path / "good")
     wider = learner(qwen2(intermediate_size=64))
     before = {name: p.clone() for name, p in wider.trained.items()}
@@ -435,7 +433,7 @@ def test_a_mirror_follows_the_master_weights():
     mirror = packed(qwen2()).to(torch.bfloat16)
     trainer = learner(model, mirror=mirror)
     rows = [dataclasses.replace(row, advantage=1.0) for row in samples()]
-    trainer.update(rows, METHOD, 1.0)
+    trainer.update(rows, GRPO, 1.0)
     moved = dict(mirror.named_parameters())
     start = dict(qwen2().to(torch.bfloat16).named_parameters())
     for name, parameter in trainer.trained.items():
@@ -525,7 +523,7 @@ def test_gradient_norms_by_segment_are_those_of_its_tokens_and_nothing_moves():
     trainer = learner()
     before = {name: p.detach().clone() for name, p in trainer.trained.items()}
     rows = near_policy(trainer.model, samples(streams=False))
-    norms = trainer.gradient_norms(rows, METHOD, 1.0)
+    norms = trainer.gradient_norms(rows, GRPO, 1.0)
     assert trainer.state.updates == 0 and all(p.grad is None for p in trainer.trained.values())
     assert set(norms) == {segment.name.lower() for segment in Segment}
     parts = []

@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from rexrag.agent.episode import Episode, State
 from rexrag.config.files import parse_config
-from rexrag.config.schema import AgentConfig, Config, MethodConfig, PolicyConfig
+from rexrag.config.algorithms import Grpo
+from rexrag.config.schema import AgentConfig, Config, PolicyConfig
 from rexrag.engine import loading
 from rexrag.engine.attention import use_packed_attention
 from rexrag.engine.learning.packing import pack_rows
@@ -137,7 +138,7 @@ def test_rollouts_of_real_episodes_are_scored_as_they_were_sampled(folder):
     running = episodes(policy)
     session = policy.session()
     session.run(running, Library(), 1.0, seed=1)
-    probes = [e.fork(policy.codec.encode("<think> w1 w2"), 0, i) for i, e in enumerate(running)]
+    probes = [e.fork(policy.codec.encode("<think> w1 w2"), 0) for e in running]
     session.run(probes, Library(), 1.0, seed=2)
     session.close()
     rollouts = [e.rollout() for e in running + probes]
@@ -158,7 +159,7 @@ def test_an_update_is_visible_to_the_sampler(folder, dtype):
     before = policy.score(rows, 1.0)[0]
     sample = Sample(*rows[0], mask=(True,) * 4, behaviour_logp=tuple(before.tolist()), advantage=1.0)
     for _ in range(8):  # warm-up, and bfloat16's coarse steps
-        learner.update([sample], MethodConfig(clip_high=10.0), 1.0)
+        learner.update([sample], Grpo(clip_high=10.0), 1.0)
     after = policy.score(rows, 1.0)[0]
     assert after.sum() > before.sum() + 0.01
     running = episodes(policy, 4)
@@ -173,7 +174,7 @@ def test_an_exported_model_scores_like_the_trained_one(folder, tmp_path, change)
     rows = [(s.prompt, s.tokens) for s in samples()]
     start = policy.score(rows, 1.0)
     for _ in range(3):
-        learner.update([dataclasses.replace(s, advantage=1.0) for s in samples()], MethodConfig(), 1.0)
+        learner.update([dataclasses.replace(s, advantage=1.0) for s in samples()], Grpo(), 1.0)
     export_model(learner.model, policy.codec, tmp_path / "out")
     loaded = load_policy(PolicyConfig(path=str(tmp_path / "out"), device="cpu"))
     trained, again = policy.score(rows, 1.0), loaded.score(rows, 1.0)
@@ -373,7 +374,7 @@ def test_a_local_checkpoint_is_exported_as_a_model(folder, tmp_path, change):
     policy, learner = load_engine(settings)
     learner.config = learner.config.model_copy(update={"lr": 0.01})
     for _ in range(2):
-        learner.update([dataclasses.replace(s, advantage=1.0) for s in samples()], MethodConfig(), 1.0)
+        learner.update([dataclasses.replace(s, advantage=1.0) for s in samples()], Grpo(), 1.0)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-2"
     learner.save(checkpoint)
     policy.codec.tokenizer.save_pretrained(checkpoint)
