@@ -1,43 +1,70 @@
-"""Configuration: unknown keys name the nearest, overrides, round trip, arms."""
+"""Configuration files: unknown keys name the nearest, overrides, round trip."""
+
+import tomllib
 
 import pytest
 
-from rexrag.config import presets
+from rexrag.config.algorithms import ALGORITHMS, Grpo, RexRag
 from rexrag.config.files import dump_toml, known_keys, load_config, parse_config
-from rexrag.config.schema import Config, MethodConfig
+from rexrag.config.schema import Config
 from rexrag.errors import ConfigError
 
 
-def test_defaults_survive_a_round_trip(tmp_path):
+@pytest.mark.parametrize("algorithm", [kind() for kind in ALGORITHMS.values()], ids=ALGORITHMS)
+def test_defaults_survive_a_round_trip(tmp_path, algorithm):
     file = tmp_path / "c.toml"
-    file.write_text(dump_toml(Config()))
-    assert load_config(file) == Config()
+    config = Config(algorithm=algorithm)
+    file.write_text(dump_toml(config))
+    assert load_config(file) == config
+
+
+def test_a_judged_dead_end_survives_a_round_trip():
+    tree = {"algorithm": {"name": "rex-rag", "dead_ends": "judge", "dead_end_judge": "a.b:c"}}
+    config = parse_config(tree)
+    assert parse_config(tomllib.loads(dump_toml(config))) == config
+    assert config.algorithm == RexRag(dead_ends="judge", dead_end_judge="a.b:c")
 
 
 def test_overrides_are_typed_and_later_ones_win():
     config = parse_config(
-        {}, ["method.kl=0.001", "data.train=a.jsonl", "method.kl=0.5", "method.probe=false"]
+        {}, ["algorithm.kl=0.001", "data.train=a.jsonl", "algorithm.kl=0.5", "policy.autocast=true"]
     )
-    assert config.method.kl == 0.5 and config.method.probe is False and config.data.train == "a.jsonl"
+    assert config.algorithm.kl == 0.5 and config.policy.autocast is True and config.data.train == "a.jsonl"
     assert parse_config({}, ["learner.betas=[0.9, 0.99]"]).learner.betas == (0.9, 0.99)
+    assert parse_config({}, ["algorithm.name=grpo"]).algorithm == Grpo()
 
 
 @pytest.mark.parametrize(
     ("tree", "overrides", "says"),
     [
-        ({"methd": {}}, [], "unknown key 'methd'.*"),
+        ({"algoritm": {}}, [], "unknown key 'algoritm'.*"),
         (
-            {"method": {"keep_ration": 0.1}},
+            {"algorithm": {"keep_ration": 0.1}},
             [],
-            "unknown key 'method.keep_ration'; did you mean 'method.keep_ratio'",
+            "algorithm 'rex-rag-distill' has no key 'keep_ration': unknown; did you mean 'keep_ratio'",
         ),
-        ({"method": 3}, [], "'method' is a table, got 3"),
-        ({}, ["keep_ratio=0.1"], "unknown key 'keep_ratio'; did you mean 'method.keep_ratio'"),
-        ({}, ["method.kl"], "expected key=value"),
-        ({}, ["method.probe_probability=1.5"], "method.probe_probability = 1.5"),
-        ({}, ["method.realignment=papper"], "method.realignment = 'papper'"),
-        ({}, ["method.keep_floor=0.5", "method.keep=adaptive"], "keep_floor 0.5 is above keep_ratio"),
-        ({}, ["method.realignment=trajectory", "method.cues=none"], "needs cues"),
+        (
+            {"algorithm": {"name": "grpo", "probe_probability": 0.1}},
+            [],
+            "algorithm 'grpo' has no key 'probe_probability': rex-rag, rex-rag-distill has it",
+        ),
+        (
+            {"algorithm": {"name": "rex-rag"}},
+            ["algorithm.suffix_weight=clipped"],
+            "algorithm 'rex-rag' has no key 'suffix_weight': rex-rag-distill has it",
+        ),
+        (
+            {"algorithm": {"name": "rexrag"}},
+            [],
+            r"algorithm\.name = 'rexrag': unknown; did you mean 'rex-rag'",
+        ),
+        ({}, ["algorithm.name=dpo"], r"algorithm\.name = 'dpo': unknown; did you mean 'dapo'"),
+        ({"algorithm": 3}, [], "'algorithm' is a table, got 3"),
+        ({}, ["keep_ratio=0.1"], "unknown key 'keep_ratio'; did you mean 'algorithm.keep_ratio'"),
+        ({}, ["algorithm.kl"], "expected key=value"),
+        ({}, ["algorithm.probe_probability=1.5"], r"my.toml: algorithm\.probe_probability = 1\.5: "),
+        ({}, ["algorithm.suffix_weight=cliped"], r"algorithm\.suffix_weight = 'cliped'"),
+        ({}, ["algorithm.dead_ends=judge"], "dead_end_judge go together"),
     ],
 )
 def test_bad_input_is_one_line(tree, overrides, says):
@@ -46,96 +73,18 @@ def test_bad_input_is_one_line(tree, overrides, says):
     assert "\n" not in str(caught.value)
 
 
+def test_known_keys_are_those_of_every_algorithm():
+    keys = list(known_keys())
+    assert len(keys) == len(set(keys))
+    assert {"algorithm.name", "algorithm.suffix_weight", "algorithm.cue_loss", "agent.cues"} <= set(keys)
+
+
 def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"no\.toml: no such config file"):
         load_config(tmp_path / "no.toml")
     (tmp_path / "bad.toml").write_text("a = = 1")
     with pytest.raises(ConfigError, match=r"bad\.toml: not readable as TOML"):
         load_config(tmp_path / "bad.toml")
-
-
-@pytest.mark.parametrize("name", sorted(p.stem for p in presets.FOLDER.glob("*.toml")))
-@pytest.mark.parametrize("arm", ["", *presets.arm_names()])
-def test_every_shipped_config_and_arm_resolves(name, arm):
-    config = presets.resolve(name, arm)
-    assert config.arm == arm
-    assert parse_config(__import__("tomllib").loads(dump_toml(config))) == config
-
-
-PAPER = {"probe": True, "realignment": "paper", "filter": "cue-logp", "cue_loss": "all", "cues": "tiny"}
-PROMISED = {
-    "grpo": {"probe": False},
-    "grpo-matched": {"probe": False, "rollouts": 6},
-    "dapo": {
-        "probe": False,
-        "clip_high": 0.28,
-        "kl": 0.0,
-        "dynamic_sampling": 3,
-        "aggregation": "token-mean",
-    },
-    "resample": {"probe": True, "cues": "none", "realignment": "none"},
-    "probe-uncorrected": PAPER | {"realignment": "none"},
-    "rex-rag": PAPER | {"cue_density": "fine", "probe_probability": 0.2, "keep_ratio": 0.08},
-    "rex-rag-coarse": PAPER | {"cue_density": "coarse"},
-    "rex-rag-no-filter": PAPER | {"filter": "none"},
-    "rex-rag-trajectory": PAPER | {"realignment": "trajectory"},
-    "rex-rag-internalize": PAPER | {"realignment": "internalize", "tail": "one"},
-    "rex-rag-internalize-truncated": PAPER | {"realignment": "internalize", "tail": "truncated"},
-    "rex-rag-cue-first": PAPER | {"cue_loss": "first"},
-    "rex-rag-cue-none": PAPER | {"cue_loss": "none"},
-    "rex-rag-prefix-none": PAPER | {"prefix_loss": "none"},
-    "rex-rag-oracle-filter": PAPER | {"filter": "right"},
-    "rex-rag-group": PAPER | {"alpha": "group", "failure_rate": "question"},
-    "rex-rag-dapo": PAPER | {"clip_high": 0.28, "kl": 0.0, "dynamic_sampling": 3, "keep_ratio": 0.12},
-    "rex-rag-rescue": PAPER
-    | {"realignment": "internalize", "tail": "unclipped", "filter": "right", "probe_groups": "all-wrong"}
-    | {"keep_per_group": 1, "probe_target": 0.2, "probe_probability": 0.5},
-    "rex-rag-rescue-paper": PAPER
-    | {"filter": "right", "probe_groups": "all-wrong"}
-    | {"keep_per_group": 1, "probe_target": 0.2, "probe_probability": 0.5},
-}
-
-
-def test_every_arm_does_what_its_file_says():
-    assert set(PROMISED) == set(presets.arm_names())
-    for arm, promised in PROMISED.items():
-        method = presets.resolve("quickstart", arm).method
-        assert {name: getattr(method, name) for name in promised} == promised, arm
-
-
-def test_an_arm_is_laid_between_file_and_overrides():
-    assert presets.resolve("quickstart", "grpo").method.probe is False
-    assert presets.resolve("quickstart", "grpo", ["method.probe=true"]).method.probe is True
-
-
-def test_unknown_names_show_the_nearest():
-    with pytest.raises(ConfigError, match="did you mean 'grpo'"):
-        presets.resolve("quickstart", "grop")
-    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
-        presets.resolve("quickstrt")
-
-
-def test_every_switch_of_the_method_is_a_config_value():
-    switches = {
-        "cue_density": ("fine", "coarse"),
-        "realignment": ("paper", "trajectory", "internalize", "none"),
-        "tail": ("one", "truncated"),
-        "cue_loss": ("all", "first", "none"),
-        "prefix_loss": ("all", "none"),
-        "alpha": ("batch", "group"),
-        "failure_rate": ("batch", "question"),
-        "filter": ("cue-logp", "none"),
-        "keep": ("fixed", "adaptive"),
-        "advantage_scale": ("std", "none"),
-        "advantage_baseline": ("mean", "leave-one-out"),
-        "aggregation": ("token-mean", "sequence-mean", "sequence-sum"),
-        "allow_large_alpha": (False, True),
-    }
-    for name, values in switches.items():
-        for value in values:
-            assert getattr(MethodConfig(**{name: value}), name) == value
-    numbers = {"keep_ratio", "keep_floor", "clip_low", "clip_high", "kl", "probe_probability"}
-    assert {f"method.{name}" for name in numbers | set(switches)} <= set(known_keys())
 
 
 def test_settings_with_any_text_survive_the_file(tmp_path):

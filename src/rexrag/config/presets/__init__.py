@@ -5,7 +5,7 @@ An arm is an algorithm, an ablation shipped in `rexrag/experiments/ablations`, o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,14 @@ def resolve(config: str | Path | None, arm: str = "", overrides: Sequence[str] =
     tree = upgrade(read_toml(config_path(config or QUICKSTART)), where)
     if arm:
         tree = lay_over(tree, arm_overlay(arm))
-    elif "algorithm" not in tree and not any(o.startswith("algorithm.name") for o in overrides):
+    elif not (_names_algorithm(tree) or any(o.strip().startswith("algorithm.name") for o in overrides)):
         say_once(f"{where} names no algorithm: {DEFAULT_ALGORITHM} (--algorithm NAME chooses another)")
     return parse_config(tree, overrides, where=where + (f" + {arm}" if arm else ""))
+
+
+def _names_algorithm(tree: Mapping[str, Any]) -> bool:
+    table = tree.get("algorithm", {})
+    return not isinstance(table, Mapping) or "name" in table
 
 
 def config_path(config: str | Path) -> Path:
