@@ -37,8 +37,8 @@ def parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    made.add_argument("--model", default="embedded", help="a model folder, or the embedded start")
-    made.add_argument("--data", default="data/2wiki", help="corpus.jsonl, train.jsonl (not for embedded)")
+    made.add_argument("--model", default="tiny-hard", help="a model folder, or a shipped checkpoint")
+    made.add_argument("--data", default="data/2wiki", help="corpus.jsonl, train.jsonl (for a model folder)")
     made.add_argument("--dtype", default="float32", choices=sorted(DTYPES))
     made.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
     made.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds; medians are shown")
@@ -49,14 +49,14 @@ def parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """The quickstart with its default arm for an embedded start; else the settings of `smollm2-2wiki`."""
+    """The quickstart for a shipped checkpoint; else the settings of `smollm2-2wiki`."""
     embedded = args.model in EMBEDDED
     files = [] if embedded else [f"data.{name}={args.data}/{name}.jsonl" for name in ("train", "corpus")]
     fixed = [f"policy.path={args.model}", f"policy.dtype={args.dtype}", *files, 'data.dev=""']
     if args.threads:
         torch.set_num_threads(args.threads)
-    base, arm = ("quickstart", presets.DEFAULT_ARM) if embedded else ("smollm2-2wiki", "")
-    return presets.resolve(base, arm, [*fixed, *args.set])
+    base = "quickstart" if embedded else "smollm2-2wiki"
+    return presets.resolve(base, overrides=[*fixed, *args.set])
 
 
 def questions_and_retriever(config: Config) -> tuple[list[Question], Retriever]:

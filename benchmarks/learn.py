@@ -1,6 +1,6 @@
 """Training: tokens a second, share of the measured matrix-product speed, and what packing saves.
 
-    python benchmarks/learn.py                                             # the embedded model
+    python benchmarks/learn.py                                             # a shipped checkpoint
     python benchmarks/learn.py --model models/smollm2-2wiki --questions 4 --set policy.train_last_layers=8
 
 One step is drawn once; the learner then updates on it in several ways, in interleaved rounds:
@@ -45,7 +45,7 @@ from rexrag.engine.learning.learner import LocalLearner
 from rexrag.engine.learning.packing import TokenRow, pack, pack_rows
 from rexrag.engine.loading import load_engine
 from rexrag.training.components import load_cues
-from rexrag.training.step import collect
+from rexrag.training.step import StepContext, collect
 from rexrag.types import Sample
 
 Packer = Callable[[Sequence[TokenRow], Sequence[int], int], Iterator[Any]]
@@ -131,22 +131,20 @@ def operations(size: Size, samples: Sequence[Sample], model: Any, max_tokens: in
 def draw(config: Config, questions: int, seed: int) -> tuple[LocalLearner, list[Sample]]:
     policy, learner = load_engine(config)
     asked, retriever = questions_and_retriever(config)
-    collected = collect(
-        asked[:questions], policy, retriever, load_cues(config, policy.codec), config,
-        config.method.keep_ratio, seed,
-    )  # fmt: skip
-    return learner, collected.samples
+    context = StepContext(policy, retriever, load_cues(config, policy.codec))
+    return learner, collect(asked[:questions], context, config, seed).samples
 
 
 def measure(
     learner: LocalLearner, ways: dict[str, tuple[Packer, list[Sample]]], config: Config, rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
     """(seconds of an update, seconds of them in the model) of each way in each round."""
+    algorithm, temperature = config.algorithm, config.agent.temperature
     out: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(-1, rounds):  # round -1 warms up
         for name, (packer, samples) in ways.items():
             with packing(packer), model_clock(learner.model, learner.optimizer) as clock:
-                took = seconds(lambda s=samples: learner.update(s, config.method, config.agent.temperature))
+                took = seconds(lambda s=samples: learner.update(s, algorithm, temperature))
             if number >= 0:
                 out[name].append((took, clock.seconds))
                 print(f"  round {number + 1}, {name}: {took:.2f} s", file=sys.stderr)

@@ -1,6 +1,6 @@
 """What a probe costs beside a rollout from scratch: this sampler, and reading everything again every turn.
 
-    python benchmarks/probe.py                                              # the embedded model
+    python benchmarks/probe.py                                              # a shipped checkpoint
     python benchmarks/probe.py --model models/smollm2-2wiki --rollouts 32
     python benchmarks/probe.py --probability 0.2                            # few probes, as in a real step
 
@@ -83,7 +83,7 @@ def forks(
     made = []
     for parent in chosen:
         cue = rng.randrange(len(cues))
-        made.append(parent.fork(cues[cue], cue, 0))
+        made.append(parent.fork(cues[cue], cue))
     return [probe for probe in made if probe.state is not State.DONE]
 
 

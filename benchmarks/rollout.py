@@ -1,6 +1,6 @@
 """Generated tokens a second of multi-turn search rollouts: this sampler and what one would use instead.
 
-    python benchmarks/rollout.py                                   # the embedded model, 64 and 256 rollouts
+    python benchmarks/rollout.py                                   # a shipped checkpoint, 64 and 256 rollouts
     python benchmarks/rollout.py --model models/smollm2-2wiki --rollouts 8,32,128
     python benchmarks/rollout.py --trl-python /path/bin/python --vllm-python /path/bin/python
     python benchmarks/rollout.py --engines local --rounds 9        # this sampler alone

@@ -70,8 +70,8 @@ def measure(policy: LocalPolicy, worlds: int, questions: int, seed: int) -> dict
     for hops in (1, 2, 3):
         right = [r.em == 1.0 for r in seen.greedy if r.question.hops == hops]
         by_hops[f"greedy EM, {hops} hop"] = share(sum(right), len(right))
-    for pairs in seen.probes.values():  # the other kinds' dead ends are few and of another sort
-        pairs[:] = [(parent, probe) for parent, probe in pairs if is_hard(parent.question)]
+    for probes in seen.probes.values():  # the other kinds' dead ends are few and of another sort
+        probes[:] = [probe for probe in probes if is_hard(probe.parent.question)]
     said = [r.count(Origin.POLICY) for r in seen.sampled]
     tokens = {"value": round(sum(said) / len(said), 2), "n": len(said)}
     figures = by_hops | describe(seen, policy, is_hard) | {"tokens generated a rollout": tokens}

@@ -49,7 +49,7 @@ from rexrag.agent.episode import Episode
 from rexrag.config.schema import Config
 from rexrag.engine.loading import load_engine, resolve
 from rexrag.training.components import load_cues
-from rexrag.training.step import collect
+from rexrag.training.step import StepContext, collect
 from rexrag.types import Turn
 
 PHASES = ("rollout", "probe", "score", "correct", "learn")
@@ -82,7 +82,7 @@ class Paced(Episode):
 
 def paced_config(config: Config, point: dict[str, int], folder: str) -> Config:
     """The quickstart with a random model of this size and turns of this length."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve("embedded"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny-hard"))
     size = point["hidden"]
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -108,31 +108,29 @@ def steps(config: Config, questions: int, rounds: int, seed: int) -> dict[str, A
     """Medians over rounds of one step each: seconds by phase, and what it was made of."""
     policy, learner = load_engine(config)
     asked, retriever = questions_and_retriever(config)
-    trie = load_cues(config, policy.codec)
+    context = StepContext(policy, retriever, load_cues(config, policy.codec))
     found = []
     for number in range(-1, rounds):  # round -1 warms up
         reset_peak()
         chosen = [asked[((number + 1) * questions + i) % len(asked)] for i in range(questions)]
         with model_clock(learner.model, learner.optimizer) as clock:
             start = time.perf_counter()
-            collected = collect(
-                chosen, policy, retriever, trie, config, config.method.keep_ratio, seed + 2 * number + 2
-            )
+            batch = collect(chosen, context, config, seed + 2 * number + 2)
             drawn = time.perf_counter()
-            learner.update(collected.samples, config.method, config.agent.temperature)
+            learner.update(batch.samples, config.algorithm, config.agent.temperature)
             end = time.perf_counter()
         if number < 0:
             continue
-        rows = [*collected.base, *collected.probes]
+        rows = [*batch.rollouts, *(probe.rollout for probe in batch.probes)]
         found.append(
             {
-                **{phase: collected.seconds.get(phase, 0.0) for phase in PHASES[:-1]},
+                **{phase: batch.statistics.seconds.get(phase, 0.0) for phase in PHASES[:-1]},
                 "learn": end - drawn,
                 "total": end - start,
                 "model": clock.seconds / (end - start),
-                "rollouts": len(collected.base),
-                "probes": len(collected.probes),
-                "generated": collected.generated_tokens,
+                "rollouts": len(batch.rollouts),
+                "probes": len(batch.probes),
+                "generated": batch.statistics.generated_tokens,
                 "response": sum(len(row.tokens) for row in rows) / len(rows),
                 "peak_mb": peak_memory() / 1e6,
             }

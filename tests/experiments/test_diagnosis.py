@@ -28,7 +28,7 @@ def script(question, turn, attempt):
 
 
 def test_prospects_of_a_policy_that_needs_cues():
-    config = parse_config({}, ["agent.template=terse", "method.cues=tiny"])
+    config = parse_config({}, ["agent.template=terse", "agent.cues=tiny"])
     policy = ScriptedPolicy(script)
     retriever = FakeRetriever({"hard": [document("Oslo", "the answer")]})
     seen = prospects.observe(policy, retriever, [*EASY, *HARD], config)
@@ -48,7 +48,7 @@ def test_prospects_of_a_policy_that_needs_cues():
 
 
 def test_hard_can_be_said_by_the_data():
-    config = parse_config({}, ["agent.template=terse", "method.cues=none"])
+    config = parse_config({}, ["agent.template=terse", "agent.cues=none"])
     policy = ScriptedPolicy(script)
     seen = prospects.observe(policy, FakeRetriever({}), [*EASY, *HARD], config)
     figures = prospects.describe(seen, policy, lambda question: question.id == "easy-0")
