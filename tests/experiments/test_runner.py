@@ -15,7 +15,7 @@ from rexrag.experiments import runner as experiment
 from rexrag.stats import area, interval, paired_p
 from rexrag.training.run_folder import has_checkpoint, held
 
-ARMS = ["grpo", "rex-rag", "rex-rag-internalize"]
+ARMS = ["grpo", "rex-rag", "rex-rag-distill"]
 
 
 def make(arms=ARMS, seeds=(1, 2, 3, 4), budget="tokens", amount=1000, overrides=()):
@@ -27,9 +27,9 @@ def pretend(em_of):
     calls = []
 
     def run_one(config, folder, going):
-        calls.append((config.arm, config.seed))
+        calls.append((config.label, config.seed))
         folder.mkdir(parents=True, exist_ok=True)
-        em = em_of(config.arm, config.seed)
+        em = em_of(config.label, config.seed)
         lines = []
         for spent, value in ((0, 0.4), (500, (0.4 + em) / 2), (1040, em)):
             row = dict.fromkeys(("step", "generated_tokens", "spent_tokens", "rollouts", "seconds"), spent)
@@ -56,7 +56,7 @@ def test_every_run_has_the_same_budget_and_a_seed_is_one_world_in_every_arm():
     work = make(budget="time", amount=2.5)
     assert len(work.configs) == 12
     for (arm, seed), config in work.configs.items():
-        assert (config.arm, config.seed, config.train.max_seconds, config.train.threads) == (
+        assert (config.label, config.seed, config.train.max_seconds, config.train.threads) == (
             arm,
             seed,
             2.5,
@@ -68,11 +68,11 @@ def test_every_run_has_the_same_budget_and_a_seed_is_one_world_in_every_arm():
 
 
 def test_arms_are_compared_in_pairs(tmp_path, monkeypatch):
-    gain = {"grpo": 0.0, "rex-rag": -0.1, "rex-rag-internalize": 0.08}
+    gain = {"grpo": 0.0, "rex-rag": -0.1, "rex-rag-distill": 0.08}
     run_one, _ = pretend(lambda arm, seed: 0.5 + 0.05 * seed + gain[arm] + 0.001 * (seed % 2))
     monkeypatch.setattr(experiment, "_run_one", run_one)
     result = experiment.run(make(), tmp_path)
-    better, worse = result["arms"]["rex-rag-internalize"], result["arms"]["rex-rag"]
+    better, worse = result["arms"]["rex-rag-distill"], result["arms"]["rex-rag"]
     assert better["em_difference"]["value"] == pytest.approx(0.08)
     assert better["em_difference"]["low"] > 0 > worse["em_difference"]["high"]
     assert better["em_difference"]["p"] == pytest.approx(2 / 16)  # four pairs: 2 of 2⁴ signs are as extreme
@@ -104,7 +104,7 @@ def test_a_killed_comparison_goes_on_where_it_stood(tmp_path, monkeypatch):
     run_one, calls = pretend(lambda arm, seed: 0.5)
 
     def dies(config, folder, going):
-        if (config.arm, config.seed) == ("rex-rag", 2):
+        if (config.label, config.seed) == ("rex-rag", 2):
             raise RunFolderError("killed")
         run_one(config, folder, going)
 
@@ -131,7 +131,7 @@ def test_arms_and_seeds_can_be_added_but_settings_cannot_change(tmp_path, monkey
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"arms": ["grpo", "rex-rga"]}, "arm 'rex-rga': there is no such arm; did you mean 'rex-rag'"),
+        ({"arms": ["grpo", "rex-rga"]}, "algorithm 'rex-rga': there is no such algorithm or ablation; did you mean 'rex-rag'"),
         ({"seeds": ()}, "at least one seed"),
         ({"amount": 0}, "expected a budget above 0"),
         ({"amount": 1e30}, "at most 1e"),
@@ -168,7 +168,7 @@ def test_a_run_that_lacks_its_start_or_end_is_not_compared(tmp_path, monkeypatch
         experiment.run(make(), tmp_path)
 
 
-TINY = ("train.questions=2", "method.rollouts=2", "data.world_people=24", "data.world_questions=30",
+TINY = ("train.questions=2", "algorithm.rollouts=2", "data.world_people=24", "data.world_questions=30",
         "data.dev_limit=4", "train.save_every=1", "policy.device=cpu")  # fmt: skip
 
 
@@ -224,13 +224,13 @@ def test_a_run_that_outlived_its_comparison_is_left_alone(tmp_path):
 def test_an_arm_from_a_file_is_called_by_its_name_and_runs_inside_the_folder(tmp_path, monkeypatch):
     own = tmp_path / "elsewhere" / "mine.toml"
     own.parent.mkdir()
-    own.write_text("[method]\nprobe = false\nrollouts = 7\n")
+    own.write_text('[algorithm]\nname = "grpo"\nrollouts = 7\n')
     run_one, calls = pretend(lambda arm, seed: 0.5)
     monkeypatch.setattr(experiment, "_run_one", run_one)
     work = make(["grpo", str(own)], seeds=(1,))
     result = experiment.run(work, tmp_path / "out")
     assert set(result["arms"]) == {"grpo", "mine"} and ("mine", 1) in calls
-    assert work.configs["mine", 1].method.rollouts == 7
+    assert work.configs["mine", 1].algorithm.rollouts == 7
     assert [p.name for p in own.parent.iterdir()] == ["mine.toml"]
 
 
