@@ -15,7 +15,7 @@ from rexrag.experiments import runner as experiment
 from rexrag.stats import area, interval, paired_p
 from rexrag.training.run_folder import has_checkpoint, held
 
-ARMS = ["grpo", "rex-rag", "rex-rag-context-distillation"]
+ARMS = ["grpo", "rex-rag", "rex-rag-distill"]
 
 
 def make(arms=ARMS, seeds=(1, 2, 3, 4), budget="tokens", amount=1000, overrides=()):
@@ -68,11 +68,11 @@ def test_every_run_has_the_same_budget_and_a_seed_is_one_world_in_every_arm():
 
 
 def test_arms_are_compared_in_pairs(tmp_path, monkeypatch):
-    gain = {"grpo": 0.0, "rex-rag": -0.1, "rex-rag-context-distillation": 0.08}
+    gain = {"grpo": 0.0, "rex-rag": -0.1, "rex-rag-distill": 0.08}
     run_one, _ = pretend(lambda arm, seed: 0.5 + 0.05 * seed + gain[arm] + 0.001 * (seed % 2))
     monkeypatch.setattr(experiment, "_run_one", run_one)
     result = experiment.run(make(), tmp_path)
-    better, worse = result["arms"]["rex-rag-context-distillation"], result["arms"]["rex-rag"]
+    better, worse = result["arms"]["rex-rag-distill"], result["arms"]["rex-rag"]
     assert better["em_difference"]["value"] == pytest.approx(0.08)
     assert better["em_difference"]["low"] > 0 > worse["em_difference"]["high"]
     assert better["em_difference"]["p"] == pytest.approx(2 / 16)  # four pairs: 2 of 2⁴ signs are as extreme
@@ -167,7 +167,7 @@ def test_a_run_that_lacks_its_start_or_end_is_not_compared(tmp_path, monkeypatch
     experiment.run(make(), tmp_path)
     evaluations = tmp_path / "rex-rag" / "seed-2" / "eval.jsonl"
     evaluations.write_text("".join(evaluations.read_text().splitlines(keepends=True)[2:]))
-    with pytest.raises(RunFolderError, match=r"rex-rag/seed-2: eval\.jsonl does not go from the start"):
+    with pytest.raises(RunFolderError, match=r"rex-rag/seed-2: eval\.jsonl lacks step 0 or the last step"):
         experiment.run(make(), tmp_path)
 
 

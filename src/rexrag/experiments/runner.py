@@ -28,8 +28,8 @@ from rexrag.config.algorithms import Probing
 from rexrag.config.files import dump_toml
 from rexrag.config.schema import ENDLESS, Budget, Config
 from rexrag.errors import ConfigError, RunFolderError
-from rexrag.experiments import diagnosis as prospects
 from rexrag.experiments.analysis import compare, run_folder
+from rexrag.experiments.diagnosis import Figure, examine
 from rexrag.io import write_json, write_text
 from rexrag.training.run_folder import clear_unsaved, has_checkpoint
 
@@ -113,20 +113,20 @@ def _refuse(config: Config, arm: str, budget: Budget, amount: float) -> None:
         )
 
 
-def look_ahead(work: Plan, out: Path, questions: int = 150) -> dict[str, prospects.Figure]:
-    """What decides the outcome (see `prospects`), of the first arm's start in the first seed's data.
+def look_ahead(work: Plan, out: Path, questions: int = 150) -> dict[str, Figure]:
+    """Diagnosis (`diagnosis.examine`) of the first arm's initial checkpoint, on the first seed's data.
 
-    Kept in `prospects.json`, so that a comparison that goes on does not ask again.
+    Kept in `diagnosis.json`, so that a comparison that goes on does not ask again.
     """
-    _claim(work, out)
-    file = out / "prospects.json"
+    _write_plan(work, out)
+    file = out / "diagnosis.json"
     if file.is_file():
-        known: dict[str, prospects.Figure] = json.loads(file.read_text(encoding="utf-8"))
+        known: dict[str, Figure] = json.loads(file.read_text(encoding="utf-8"))
         return known
     config = work.configs[work.arms[0], work.seeds[0]]
     probing = next((c for c in work.configs.values() if _probes_with_cues(c)), config)
     changed = {"algorithm": probing.algorithm, "agent": probing.agent}
-    figures = prospects.examine(config.model_copy(update=changed), questions)
+    figures = examine(config.model_copy(update=changed), questions)
     write_json(file, figures)
     return figures
 
@@ -142,7 +142,7 @@ def run(
 
     Raises RunFolderError where a run failed, naming its log, or where `out` holds another comparison.
     """
-    _claim(work, out)
+    _write_plan(work, out)
     missing = [key for key in product(work.arms, work.seeds) if not _summary(out, *key)]
     # Seeds first: an interrupted comparison then has whole pairs.
     missing.sort(key=lambda key: (key[1], work.arms.index(key[0])))
@@ -227,7 +227,7 @@ def _run_one(config: Config, folder: Path, runs: _Runs) -> None:
         )
 
 
-def _claim(work: Plan, out: Path) -> None:
+def _write_plan(work: Plan, out: Path) -> None:
     """Write down what is compared; refuse a folder that holds another comparison."""
     wanted: dict[str, Any] = {
         "arms": list(work.arms),
