@@ -1,7 +1,7 @@
 """Every command of README, CONTRIBUTING and the docs: known, parsed, and run where this machine can.
 
-`HOW` says of each command how it is run, with smaller numbers, or why it is not. A command that is not in the
-table fails, and so does an entry that no page has.
+`how.HOW` says of each command how it is run, with smaller numbers, or why it is not. A command that is not in
+the table fails, and so does an entry that no page has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +26,10 @@ from rexrag.cli import app
 from rexrag.config import presets
 from rexrag.data.world.generator import World
 from rexrag.io import write_jsonl
+from tests.docs.how import HOW, SMALL, Run
 from tests.docs.pages import HAND_WRITTEN, ROOT, commands
 
 GIVEN = sorted({command for page in HAND_WRITTEN for command in commands(page)})
-MODEL = "needs a model of a hub"
-GPUS = "needs several GPUs"
-LONG = "takes hours"
-OTHER = "needs another program"
-TARGET = "a target of the Makefile"
-INSTALL = "installs packages"
-
-
-@dataclass(frozen=True)
-class Run:
-    """Run the command with these words after it; `swaps` replaces words first."""
-
-    more: str = ""
-    swaps: tuple[tuple[str, str], ...] = ()
-    serves: bool = False
-    """It listens until it is told to stop."""
-
-
-SMALL = (
-    " --set train.steps=2 --set train.questions=4 --set data.dev_limit=8 --set train.evals=1"
-    " --set learner.minibatches=1"
-)
-FEW = " --limit 4 --no-audit"
-INDEX = "index build corpus.jsonl --out"
-HOW: dict[str, Run | str] = {
-HOWTABLE
-}
-"""A command as the page has it -> how it is run here, or why it is only parsed."""
 
 
 def test_the_table_has_every_command_and_no_other():
@@ -68,7 +40,6 @@ def test_the_table_has_every_command_and_no_other():
 @pytest.mark.parametrize("command", GIVEN)
 def test_a_command_can_be_parsed(command, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setattr(os, "environ", {**os.environ, "COLUMNS": "200"})
     words = shlex.split(re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command))
     program, rest = words[0], words[1:]
     if program == "rexrag":
@@ -97,7 +68,8 @@ def parse_ours(words: Sequence[str]) -> None:
     given = context.params
     if "override" in given and name in ("train", "compare", "warmup"):
         algorithm = given.get("algorithm") or given.get("arm") or ""
-        presets.resolve(given.get("config"), algorithm, given["override"] or [])
+        for one in (given.get("arms") or algorithm).split(","):
+            presets.resolve(given.get("config"), one, given["override"] or [])
 
 
 def check_extras(words: Sequence[str]) -> None:
@@ -113,7 +85,11 @@ def knows(script: Path, words: Sequence[str]) -> None:
     """Does the script's source name each option? Importing it could need what is not installed."""
     assert script.is_file(), script
     source = script.read_text(encoding="utf-8")
-    source += (script.parent / "common.py").read_text(encoding="utf-8") if script.parent.name == "benchmarks" else ""
+    source += (
+        (script.parent / "common.py").read_text(encoding="utf-8")
+        if script.parent.name == "benchmarks"
+        else ""
+    )
     for word in words:
         assert not word.startswith("--") or f'"{word}"' in source, f"{script.name} has no {word}"
 
@@ -135,9 +111,7 @@ def workspace(tmp_path_factory) -> Path:
         write_jsonl(folder / f"{name}.jsonl", rows)
     (folder / "doubts.txt").write_text("<think> i am not sure yet\n<think> let me look again\n")
     trace = "<think> who? </think> <answer> theo greco </answer>"
-    write_jsonl(
-        folder / "traces.jsonl", [{"question": "Who?", "answers": ["Theo Greco"], "response": trace}]
-    )
+    write_jsonl(folder / "traces.jsonl", [{"question": "Who?", "answers": ["Theo Greco"], "response": trace}])
     shutil.copy(ROOT / "configs" / "own-data.toml", folder / "mine.toml")
     return folder
 
@@ -147,7 +121,8 @@ def trained(workspace) -> Path:
     """The workspace with a small quickstart, an index and the run folders that later commands name."""
     for command in (
         f"rexrag train --out runs/quickstart{SMALL} --set train.control=",
-        f"rexrag {INDEX} indexes/wiki",
+        "rexrag model export runs/quickstart --out models/copy",
+        "rexrag index build corpus.jsonl --out indexes/wiki",
     ):
         finished = call(command, workspace)
         assert finished.returncode == 0, finished.stderr
@@ -157,7 +132,12 @@ def trained(workspace) -> Path:
 def call(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     words = shlex.split(command)
     return subprocess.run(
-        [*START[words[0]], *words[1:]], cwd=folder, env=environment(), capture_output=True, text=True, timeout=600
+        [*START[words[0]], *words[1:]],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
 
 
