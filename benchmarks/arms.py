@@ -34,11 +34,10 @@ NAMES = {
     "resample": "probe-without-cue",
     "probe-uncorrected": "probe-no-correction",
     "rex-rag-rescue": "rex-rag-distill",
-    "rex-rag-rescue-paper": "rex-rag-distill-mixture",
+    "rex-rag-rescue-paper": "rex-rag-distill-probes",
     "rex-rag-internalize": "rex-rag-context-distillation",
-    "rex-rag-internalize-truncated": "rex-rag-context-distillation-truncated-is",
-    "rex-rag-trajectory": "rex-rag-multiple-importance-sampling",
-    "rex-rag-oracle-filter": "rex-rag-right-probes",
+    "rex-rag-internalize-truncated": "rex-rag-context-distillation-is",
+    "rex-rag-trajectory": "multiple-importance-sampling",
 }
 """The name of an arm in the result files -> its name today."""
 KEPT = ("em_before", *COMPARED, "steps", *SPENT.values(), "curve", "diagnostics")

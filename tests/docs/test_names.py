@@ -19,17 +19,7 @@ PLACES = (ROOT, ROOT / "src" / "rexrag", ROOT / "tests", ROOT / "src")
 """Where a path of a page may begin."""
 FOLDERS = ("src", "tests", "benchmarks", "docs", "configs", "experiments", "examples")
 PATH = re.compile(r"[\w./-]+\.(py|toml|jsonl|md)|(?:" + "|".join(FOLDERS) + r")/[\w./-]*")
-LAYERS = (
-    "method",
-    "training",
-    "theory",
-    "agent",
-    "engine",
-    "retrieval",
-    "evaluation",
-    "experiments",
-    "stats",
-)
+LAYERS = ("method", "training", "theory", "engine", "evaluation", "experiments", "stats")
 OF_THE_READER = re.compile(r"^(runs|models|indexes|data)/|FOLDER|OUT/|CONFIG|<|\{|\*")
 """Paths that the reader makes."""
 

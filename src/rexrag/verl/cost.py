@@ -1,6 +1,6 @@
 """Memory of a GPU, tokens and seconds of a step: arithmetic from a stated model, nothing measured.
 
-Every assumption is a named constant here; `docs/guides/scaling.md` has the formulas. Sizes are bytes, times
+Every assumption is a named constant here; `docs/scaling.md` derives the figures. Sizes are bytes, times
 seconds.
 """
 

@@ -14,7 +14,7 @@ from rexrag.verl.mapping import resolved, settings
 ASSUMPTIONS = (
     f"assumed: {cost.SEARCHES} searches and {cost.TURN_TOKENS} tokens a turn, {cost.FAILURES:.0%} dead ends, "
     f"{cost.TRAIN_MFU:.0%} of peak in passes, {cost.DECODE_BANDWIDTH:.0%} of bandwidth in decoding, "
-    f"{cost.SEARCHES_PER_SECOND:.0f} searches a second (docs/guides/scaling.md)"
+    f"{cost.SEARCHES_PER_SECOND:.0f} searches a second (docs/scaling.md)"
 )
 
 

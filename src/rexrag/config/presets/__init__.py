@@ -19,7 +19,7 @@ FOLDER = Path(str(files("rexrag.config"))) / "presets"
 ABLATIONS = Path(str(files("rexrag"))) / "experiments" / "ablations"
 QUICKSTART = "quickstart"
 DEFAULT_ARM = "rex-rag-rescue"
-"""What `rexrag train` without a configuration or an arm runs; docs/results.md says why."""
+"""What `rexrag train` without a configuration or an arm runs; docs/experiments.md says why."""
 
 
 def resolve(config: str | Path | None, arm: str = "", overrides: Sequence[str] = ()) -> Config:
