@@ -45,6 +45,7 @@ HOW: dict[str, Run | str] = {
     "make test-verl": TARGET,
     "make format": TARGET,
     "make real DATA=FOLDER": TARGET,
+    "rexrag train smollm2-2wiki --algorithm rex-rag": MODEL,
     ". .venv/bin/activate": OTHER,
     'rexrag ask "Who leads the company that Clara Nyberg works for?" --policy runs/quickstart': Run(),
     'rexrag ask "Who leads the company that Clara Nyberg works for?" --policy tiny-hard': Run(),
