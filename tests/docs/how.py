@@ -10,7 +10,7 @@ MODEL = "needs a model of a hub"
 GPUS = "needs several GPUs"
 LONG = "takes hours"
 MINUTES = "takes minutes and measures this machine"
-SERVER = "needs a server at that address"
+SERVER = "needs a server of completions"
 OTHER_ADDRESS = "listens beyond loopback"
 OTHER = "needs another program"
 TARGET = "a target of the Makefile"
@@ -25,8 +25,11 @@ class Run:
     swaps: tuple[tuple[str, str], ...] = ()
     serves: bool = False
     """It listens until it is told to stop."""
+    asks: bool = False
+    """It asks a retriever at RETRIEVER; a served index takes its place."""
 
 
+RETRIEVER = "http://127.0.0.1:8000"
 SMALL = (
     " --set train.steps=2 --set train.questions=4 --set data.dev_limit=8 --set train.evals=1"
     " --set learner.minibatches=1"
@@ -108,9 +111,13 @@ HOW: dict[str, Run | str] = {
         swaps=(("indexes/wiki", "indexes/dry"),)
     ),
     "rexrag serve indexes/wiki --port 8000": Run(swaps=(("8000", "0"),), serves=True),
-    'rexrag retrieve "capital of France" --url http://127.0.0.1:8000': SERVER,
-    'curl -X POST http://127.0.0.1:8000/retrieve -H "Content-Type: application/json" -d \'{"queries": ["capital of France"], "topk": 3, "return_scores": true}\'': SERVER,
-    "rexrag train mine.toml --set retriever.kind=remote --set retriever.url=http://127.0.0.1:8000": SERVER,
+    'rexrag retrieve "capital of France" --url http://127.0.0.1:8000': Run(asks=True),
+    'curl -X POST http://127.0.0.1:8000/retrieve -H "Content-Type: application/json" -d \'{"queries": ["capital of France"], "topk": 3, "return_scores": true}\'': Run(
+        asks=True
+    ),
+    "rexrag train mine.toml --set retriever.kind=remote --set retriever.url=http://127.0.0.1:8000": Run(
+        OWN + " --out runs/remote", asks=True
+    ),
     "REXRAG_RETRIEVER_TOKEN=secret rexrag serve indexes/wiki --host 0.0.0.0": OTHER_ADDRESS,
     "python -m vllm.entrypoints.openai.api_server --model models/trained --dtype float32 --max-model-len 1024 --port 8011": OTHER,
     "rexrag eval quickstart --policy http://127.0.0.1:8011/v1 --tokenizer models/trained": SERVER,

@@ -15,7 +15,8 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rexrag.cli import app
 from rexrag.config import presets
 from rexrag.data.world.generator import World
 from rexrag.io import write_jsonl
-from tests.docs.how import HOW, SMALL, Run
+from tests.docs.how import HOW, RETRIEVER, SMALL, Run
 from tests.docs.pages import HAND_WRITTEN, ROOT, commands
 
 GIVEN = sorted({command for page in HAND_WRITTEN for command in commands(page)})
@@ -141,7 +142,12 @@ def call(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-START = {"rexrag": [sys.executable, "-m", "rexrag"], "python": [sys.executable], "cp": ["cp"]}
+START = {
+    "rexrag": [sys.executable, "-m", "rexrag"],
+    "python": [sys.executable],
+    "cp": ["cp"],
+    "curl": ["curl", "--fail"],
+}
 
 
 def environment() -> dict[str, str]:
@@ -153,7 +159,7 @@ RUNNABLE = [command for command in GIVEN if isinstance(HOW.get(command), Run)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUNNABLE)
-def test_a_command_runs(command, trained):
+def test_a_command_runs(command, trained, request):
     how = HOW[command]
     assert isinstance(how, Run)
     text = f"{command} {how.more}"
@@ -161,15 +167,18 @@ def test_a_command_runs(command, trained):
         assert old in text, f"{old} is not in the command"
         text = text.replace(old, new)
     if how.serves:
-        serve(text, trained)
-        return
+        with serving(text, trained):
+            return
+    if how.asks:
+        text = text.replace(RETRIEVER, request.getfixturevalue("retriever"))
     finished = call(text, trained)
     assert finished.returncode == 0, f"{text}\n{finished.stdout[-2000:]}\n{finished.stderr[-2000:]}"
     assert finished.stdout.strip() or command.startswith("cp ")
 
 
-def serve(text: str, folder: Path) -> None:
-    """Start it, wait for the address that it prints, stop it as a user would."""
+@contextmanager
+def serving(text: str, folder: Path) -> Iterator[str]:
+    """Start a service, hand over the address that it prints, stop it as a user would."""
     words = shlex.split(text)
     process = subprocess.Popen(
         [*START[words[0]], *words[1:]],
@@ -182,16 +191,24 @@ def serve(text: str, folder: Path) -> None:
     assert process.stdout is not None
     try:
         seen = ""
-        while "http://127.0.0.1:" not in seen:
+        while (found := re.search(r"http://127\.0\.0\.1:\d+", seen)) is None:
             line = process.stdout.readline()
             assert line, f"ended early: {seen}"
             seen += line
+        yield found.group()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) in (0, 130)
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def retriever(trained) -> Iterator[str]:
+    """The address of a served index."""
+    with serving("rexrag serve indexes/wiki --port 0", trained) as address:
+        yield address
 
 
 def test_the_workspace_has_what_the_pages_promise(workspace):
