@@ -1,21 +1,22 @@
-"""The runs behind the tables of arms in docs/experiments.md: collect them, print the tables.
+"""The runs behind docs/results.md and experiments/LOG.md: collect them, print the tables.
 
-    python benchmarks/arms.py docs/results/hard.jsonl                 # figures and diagnostics of every arm
-    python benchmarks/arms.py docs/results/hard.jsonl --control rex-rag --arms rex-rag-oracle-filter
-                                                                      # two arms in pairs
-    python benchmarks/arms.py docs/results/hard.jsonl --collect OUT --batch NAME
-                                                                      # add the runs of a finished comparison
-    python benchmarks/arms.py docs/results/hard.jsonl docs/results/hard-new-seeds.jsonl --along 15000,30000
-                                   # several files together; differences along the budget, by interpolation
+    cd experiments/results
+    python ../../benchmarks/arms.py hard.jsonl                            figures and diagnostics of every arm
+    python ../../benchmarks/arms.py hard.jsonl --control rex-rag          against another control
+    python ../../benchmarks/arms.py hard.jsonl --collect OUT --batch X   add the runs of a finished comparison
+    python ../../benchmarks/arms.py hard.jsonl hard-new-seeds.jsonl --along 15000,30000
+                                                        several files; differences at points of the budget
 
 A row is one run: arm, seed, and the figures that `rexrag compare` worked out. `batch` names the machine and
-day; an arm is compared with the control's run of the same seed in the same batch, in pairs.
+day. An arm is compared, in pairs, with the control's run of the same seed in the same batch. The files hold
+the names that arms had when they ran; `NAMES` gives today's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ from rexrag.stats import differs, interval, paired_p
 from rexrag.types import Segment
 
 Rows = list[dict[str, Any]]
+NAMES = {
+    "grpo-matched": "grpo-more-rollouts",
+    "resample": "probe-without-cue",
+    "probe-uncorrected": "probe-no-correction",
+    "rex-rag-rescue": "rex-rag-distill",
+    "rex-rag-rescue-paper": "rex-rag-distill-probes",
+    "rex-rag-internalize": "rex-rag-context-distillation",
+    "rex-rag-internalize-truncated": "rex-rag-context-distillation-is",
+    "rex-rag-trajectory": "multiple-importance-sampling",
+}
+"""The name of an arm in the result files -> its name today."""
 KEPT = ("em_before", *COMPARED, "steps", *SPENT.values(), "curve", "diagnostics")
 SHOWN = {
     "em_at_budget": "at the budget",
@@ -57,8 +69,14 @@ def collect(out: Path, batch: str) -> Rows:
     ]
 
 
+def read(files: Sequence[Path]) -> Rows:
+    """The runs of result files, under the names that they hold."""
+    lines = [line for f in files if f.is_file() for line in f.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in lines]
+
+
 def in_points(difference: dict[str, float]) -> str:
-    """Mean, interval and p of a paired difference; bold where `intervals.differs`."""
+    """Mean, interval and p of a paired difference; bold where `stats.differs`."""
     value, low, high = (100 * difference[name] for name in ("value", "low", "high"))
     p = f"p {difference['p']:.3f}" if difference["p"] >= 0.001 else "p < .001"
     text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}] {p}".replace("-", "−")
@@ -90,13 +108,14 @@ def along(rows: Rows, control: str, spent: list[float]) -> str:
         own = [row for row in rows if row["arm"] == arm and (row["batch"], row["seed"]) in base]
         cells = []
         for x in spent:
-            pairs = [_score(row, x) - _score(base[row["batch"], row["seed"]], x) for row in own]
+            pairs = [score_at(row, x) - score_at(base[row["batch"], row["seed"]], x) for row in own]
             cells.append(in_points(interval(pairs) | {"p": paired_p(pairs)}) if pairs else "–")
         lines.append(f"| `{arm}` | {len(own)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _score(row: dict[str, Any], spent: float) -> float:
+def score_at(row: dict[str, Any], spent: float) -> float:
+    """EM of a run at so many spent units, between evaluations linear."""
     points = np.array(row["curve"])
     return float(np.interp(spent, points[:, 0], points[:, 1]))
 
@@ -141,8 +160,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.collect and len(args.file) > 1:
         parser.error("--collect adds to one file")
-    lines = [line for f in args.file if f.is_file() for line in f.read_text(encoding="utf-8").splitlines()]
-    rows = [json.loads(line) for line in lines]
+    rows = read(args.file)
     if args.collect:
         known = {(row["batch"], row["arm"], row["seed"]) for row in rows}
         rows += [
@@ -152,6 +170,8 @@ def main() -> None:
         ]
         args.file[0].parent.mkdir(parents=True, exist_ok=True)
         write_text(args.file[0], "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
+    for row in rows:
+        row["arm"] = NAMES.get(row["arm"], row["arm"])
     if args.arms:
         rows = [row for row in rows if row["arm"] in (args.control, *args.arms.split(","))]
     rows.sort(key=lambda row: row["arm"] != args.control)

@@ -1,4 +1,4 @@
-"""The same sampler and learner on a GPU. Skipped where there is none; docs/scaling.md says what was run."""
+"""The same sampler and learner on a GPU. Skipped where there is none."""
 
 from __future__ import annotations
 

@@ -211,13 +211,10 @@ def test_overrides_win_however_they_are_spelled():
     assert parse_config(tomllib.loads(dump_toml(config))) == config, "a run folder remembers them"
 
 
-def test_every_entry_of_the_table_is_documented_and_reads_a_setting():
-    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+def test_every_entry_of_the_table_reads_a_setting():
     known = Config.model_json_schema()
     for entry in TABLE:
-        assert f"`{entry.key.lstrip('+')}`" in page, entry.key
         if entry.ours:
-            assert f"`{entry.ours}`" in page, entry.ours
             section, _, name = entry.ours.rpartition(".")
             assert name in json.dumps(known) and (not section or section in known["properties"])
 

@@ -1,7 +1,7 @@
 """Our configuration → verl's Hydra tree: one table.
 
-`TABLE` says which of our settings decides each of verl's keys, and how; `docs/scaling.md` shows it, and a
-test holds the two together. `[verl.overrides]` comes after it and wins.
+`TABLE` says which of our settings decides each of verl's keys, and how; `docs/reference/verl.md` shows it,
+generated. `[verl.overrides]` comes after it and wins.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What building an index will need, said before it starts: passages, disk, memory, rough time.
 
 Counts come from the first rows of the corpus, seconds from doing a little of the work on this machine, bytes
-from the formulae below (docs/retrieval.md holds them beside measured figures).
+from the formulae below (docs/guides/retrieval.md shows them).
 """
 
 from __future__ import annotations
