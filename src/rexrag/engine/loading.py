@@ -72,16 +72,16 @@ def load_engine(config: Config) -> tuple[LocalPolicy, LocalLearner]:
     codec = codec_of(model, folder)
     choose_trained(model, policy, config.seed)
     dtype = DTYPES[policy.dtype]
-    mirror = None if dtype == torch.float32 else _in_precision(model, dtype)
+    sampler_model = None if dtype == torch.float32 else _in_precision(model, dtype)
     learner = LocalLearner(
         model,
         config.learner,
         seed=config.seed,
         autocast=policy.autocast,
         reference=config.method.kl > 0,
-        mirror=mirror,
+        sampler_model=sampler_model,
     )
-    return LocalPolicy(model if mirror is None else mirror, codec), learner
+    return LocalPolicy(model if sampler_model is None else sampler_model, codec), learner
 
 
 def codec_of(model: Any, folder: str) -> HFCodec:

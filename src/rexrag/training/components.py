@@ -78,7 +78,7 @@ def build(config: Config) -> Setup:
     check_window(policy, config)
     check_prompts(data, policy.codec, config)
     own = policy
-    if learner.mirror is not None or learner.autocast:  # the numbers that the learner's ratios start from
+    if learner.sampler_model is not None or learner.autocast:  # the numbers that the learner's ratios start from
         own = LocalPolicy(learner.model, policy.codec, autocast=learner.autocast)
     cues = load_cues(config, policy.codec)
     codec = policy.codec

@@ -69,7 +69,7 @@ def test_a_sampler_in_bfloat16_is_the_model_that_is_loaded_in_bfloat16(folder: P
     loaded = load_policy(config.policy)
     rows = [([1, 2, 3], [4 + i % 20 for i in range(400)])]
     assert torch.equal(sampler.score(rows, 1.0)[0], loaded.score(rows, 1.0)[0])
-    assert learner.mirror is sampler.model
+    assert learner.sampler_model is sampler.model
 
 
 def test_scores_under_autocast_are_what_the_learner_starts_from(folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""What a learner needs to go on bit for bit: weights, AdamW moments, counters. Safetensors and JSON only.
+"""Checkpoints of the learner: weights, AdamW moments, counters. Safetensors and JSON only.
+
+A run that is resumed from a checkpoint continues bit for bit.
 
 model.safetensors      all weights, and config.json beside it: a model folder but for the tokenizer;
                        where a LoRA is trained, adapter.safetensors with its weights alone
@@ -29,22 +31,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass
-class LearnerState:
-    """Counters and the shuffling generator."""
+class LearnerProgress:
+    """How far a learner has come: counters, and the generator that shuffles samples."""
 
     generator: torch.Generator
     steps: int = 0
-    """Calls of `update`, which the learning rate follows."""
+    """Calls of `update`; the learning-rate warm-up counts them."""
     updates: int = 0
     nonfinite_updates: int = 0
 
 
-def save_state(
+def save_checkpoint(
     folder: Path,
     model: nn.Module,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    state: LearnerState,
+    progress: LearnerProgress,
 ) -> None:
     """Raises OSError where the folder cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,21 +64,21 @@ def save_state(
     write_tensors(folder / "optimizer.safetensors", moments)
     facts = {
         "format": FORMAT,
-        "steps": state.steps,
-        "updates": state.updates,
-        "nonfinite_updates": state.nonfinite_updates,
-        "generator": base64.b64encode(bytes(state.generator.get_state().tolist())).decode("ascii"),
+        "steps": progress.steps,
+        "updates": progress.updates,
+        "nonfinite_updates": progress.nonfinite_updates,
+        "generator": base64.b64encode(bytes(progress.generator.get_state().tolist())).decode("ascii"),
         "trained": sorted(trained),
     }
     write_json(folder / "learner.json", facts)
 
 
-def load_state(
+def load_checkpoint(
     folder: Path,
     model: nn.Module,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    state: LearnerState,
+    progress: LearnerProgress,
 ) -> None:
     """Into a learner built from the same start and settings. Nothing changes unless all of it fits.
 
@@ -100,9 +102,9 @@ def load_state(
                 optimizer.state[parameter] = {
                     moment: moments[f"{moment}/{name}"].to(parameter.device) for moment in MOMENTS
                 }
-    state.steps, state.updates = facts["steps"], facts["updates"]
-    state.nonfinite_updates = facts["nonfinite_updates"]
-    state.generator.set_state(facts["generator"])
+    progress.steps, progress.updates = facts["steps"], facts["updates"]
+    progress.nonfinite_updates = facts["nonfinite_updates"]
+    progress.generator.set_state(facts["generator"])
 
 
 def weights_file(trained: Mapping[str, nn.Parameter]) -> str:
