@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -263,3 +264,13 @@ def _open(path: str | Path) -> BinaryIO:
         raise DataError("no such file", file=path) from None
     except OSError as error:
         raise DataError(f"not readable: {error.strerror}", file=path) from None
+
+
+_SAID: set[str] = set()
+
+
+def say_once(line: str) -> None:
+    """One line on standard error, the first time that it is said in this process."""
+    if line not in _SAID:
+        _SAID.add(line)
+        print(f"rexrag: {printable(line)}", file=sys.stderr)

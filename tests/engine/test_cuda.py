@@ -215,9 +215,7 @@ def test_a_checkpoint_moves_between_gpu_and_cpu(tmp_path: Path):
             assert torch.allclose(weight.cpu(), trainer.trained[name].cpu(), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "changes", [[], ["policy.autocast=true", "policy.dtype=bfloat16"], ["policy.lora_rank=8"]]
-)
+@pytest.mark.parametrize("changes", [[], ["policy.precision=bfloat16"], ["policy.lora_rank=8"]])
 def test_a_run_goes_on_where_it_stopped(changes, tmp_path: Path):
     with torch.device("cpu"):
         fixed = ["train.control=''", "train.evals=1", "data.dev_limit=40", "train.questions=4", *changes]

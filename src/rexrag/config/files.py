@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from rexrag.config.renamed import precision_key, read_precision
 from rexrag.config.schema import OPEN_TABLE, Config
 from rexrag.errors import ConfigError
 
@@ -41,6 +42,7 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: 
         merged = json.loads(json.dumps(tree))
     except TypeError as error:  # a date: TOML has them, no setting is one
         raise ConfigError(f"{where}: {error}; put it in quotes") from None
+    read_precision(merged, where)
     _refuse_unknown(merged, Config, where)
     for override in overrides:
         _apply(merged, override)
@@ -118,6 +120,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key = key.strip()
     if not eq or not key:
         raise ConfigError(f"--set {override}: expected key=value, for example method.kl=0.001")
+    try:
+        value = tomllib.loads(f"v = {raw.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    key, value = precision_key(key, value)
     if key.startswith(f"verl.{OPEN_TABLE}."):
         parents, leaf = ["verl", OPEN_TABLE], key.removeprefix(f"verl.{OPEN_TABLE}.")
     elif key in set(known_keys()):
@@ -126,7 +133,4 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: unknown key '{key}'{_nearest(key)}")
     for part in parents:
         tree = tree.setdefault(part, {})
-    try:
-        tree[leaf] = tomllib.loads(f"v = {raw.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
-        tree[leaf] = raw.strip()
+    tree[leaf] = value

@@ -78,7 +78,7 @@ def build(config: Config) -> Setup:
     check_window(policy, config)
     check_prompts(data, policy.codec, config)
     own = policy
-    if learner.sampler_model is not None or learner.autocast:  # the numbers that the learner's ratios start from
+    if learner.mirror is not None or learner.autocast:  # the numbers that the learner's ratios start from
         own = LocalPolicy(learner.model, policy.codec, autocast=learner.autocast)
     cues = load_cues(config, policy.codec)
     codec = policy.codec
@@ -90,7 +90,7 @@ def build(config: Config) -> Setup:
         retriever,
         data,
         cues,
-        start=lambda: load_policy(config.policy.model_copy(update={"dtype": "float32"})),
+        start=lambda: load_policy(config.policy.model_copy(update={"precision": "float32"})),
         fresh=fresh_world(config.data),
         save_tokenizer=codec.tokenizer.save_pretrained,
         model=hashlib.sha256("\n".join(identity(resolve(config.policy.path))).encode()).hexdigest(),

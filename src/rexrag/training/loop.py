@@ -20,6 +20,7 @@ import torch
 
 from rexrag.agent.episode import Codec
 from rexrag.config.schema import Config, MethodConfig
+from rexrag.engine.precision import settled
 from rexrag.errors import CheckpointError, DataError
 from rexrag.io import write_json
 from rexrag.method.filters import adaptive_keep_ratio, update_probe_accuracy
@@ -101,6 +102,7 @@ def train(
     known to be well. An interrupt finishes the step, saves, and raises KeyboardInterrupt.
     Raises RexragError with one line.
     """
+    config = settled(config)
     if config.engine == "verl":
         from rexrag.verl.launch import launch
 

@@ -432,16 +432,16 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
 
 def test_the_sampler_model_follows_the_master_weights():
     model = qwen2()
-    sampler_model = packed(qwen2()).to(torch.bfloat16)
-    trainer = learner(model, sampler_model=sampler_model)
+    mirror = packed(qwen2()).to(torch.bfloat16)
+    trainer = learner(model, mirror=mirror)
     rows = [dataclasses.replace(row, advantage=1.0) for row in samples()]
     trainer.update(rows, METHOD, 1.0)
-    moved = dict(sampler_model.named_parameters())
+    moved = dict(mirror.named_parameters())
     start = dict(qwen2().to(torch.bfloat16).named_parameters())
     for name, parameter in trainer.trained.items():
         assert torch.equal(moved[name], parameter.to(torch.bfloat16))
     assert any(not torch.equal(moved[name], start[name]) for name in moved)
-    refresh(sampler_model, dict(qwen2().named_parameters()))
+    refresh(mirror, dict(qwen2().named_parameters()))
     assert all(torch.equal(moved[name], start[name]) for name in moved)
 
 

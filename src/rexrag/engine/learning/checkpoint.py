@@ -3,7 +3,7 @@
 A run that is resumed from a checkpoint continues bit for bit.
 
 model.safetensors      all weights, and config.json beside it: a model folder but for the tokenizer;
-                       where a LoRA is trained, adapter.safetensors with its weights alone
+                       of a LoRA, an adapter in peft's format instead (`engine.lora`)
 optimizer.safetensors  exp_avg/NAME, exp_avg_sq/NAME, step/NAME
 learner.json           written last: a folder without it is unfinished
 """
@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rexrag.errors import CheckpointError
+from rexrag.engine import lora
+from rexrag.errors import CheckpointError, ModelError
 from rexrag.io import write_json
 
 FORMAT = "rexrag-learner-1"
@@ -51,9 +52,10 @@ def save_checkpoint(
     """Raises OSError where the folder cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "learner.json").unlink(missing_ok=True)
-    name = weights_file(trained)
-    write_tensors(folder / name, dict(trained) if name != "model.safetensors" else full_weights(model))
-    if name == "model.safetensors":
+    if is_lora(trained):
+        write_tensors(folder / lora.WEIGHTS, lora.save_adapter(folder, model, trained))
+    else:
+        write_tensors(folder / "model.safetensors", full_weights(model))
         model.config.save_pretrained(str(folder))  # type: ignore[union-attr,operator]
     moments = {
         f"{moment}/{parameter}": optimizer.state[tensor][moment]
@@ -87,7 +89,7 @@ def load_checkpoint(
     facts = _facts(folder)
     if facts["trained"] != sorted(trained):
         raise CheckpointError(f"{folder}: belongs to a run that trains other parameters")
-    weights = _read(folder / weights_file(trained))
+    weights = _weights(folder, trained)
     moments = _read(folder / "optimizer.safetensors")
     for name, parameter in trained.items():
         wanted = {name: weights, **{f"{moment}/{name}": moments for moment in MOMENTS[:2] if moments}}
@@ -107,9 +109,20 @@ def load_checkpoint(
     progress.generator.set_state(facts["generator"])
 
 
-def weights_file(trained: Mapping[str, nn.Parameter]) -> str:
-    """A LoRA is saved alone; anything else as the whole model."""
-    return "adapter.safetensors" if any("lora_" in name for name in trained) else "model.safetensors"
+def is_lora(trained: Mapping[str, nn.Parameter]) -> bool:
+    """Whether these are the parameters of a LoRA."""
+    return any("lora_" in name for name in trained)
+
+
+def _weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Saved weights under the names of the model's parameters. Raises CheckpointError."""
+    if not is_lora(trained):
+        return _read(folder / "model.safetensors")
+    try:
+        adapter = lora.read_adapter(folder)
+    except ModelError as error:
+        raise CheckpointError(str(error)) from None
+    return {name: adapter[saved] for name in trained if (saved := lora.adapter_name(name)) in adapter}
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:

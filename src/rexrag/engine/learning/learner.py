@@ -41,7 +41,7 @@ class LocalLearner:
     model: a Hugging Face causal language model with packed attention, in float32 (the master weights).
     autocast: run forward and backward in bfloat16.
     reference: keep a copy of the current weights for the KL term; frozen parameters are shared, not copied.
-    sampler_model: a copy of the model in the sampler's precision, updated after every step.
+    mirror: a copy of the model in the sampler's precision, updated after every step.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class LocalLearner:
         seed: int = 0,
         autocast: bool = False,
         reference: bool = False,
-        sampler_model: nn.Module | None = None,
+        mirror: nn.Module | None = None,
     ) -> None:
         self.model = model.eval()  # a policy has no dropout: it would change the ratio
-        self.config, self.autocast, self.sampler_model = config, autocast, sampler_model
+        self.config, self.autocast, self.mirror = config, autocast, mirror
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.reference = _frozen_copy(model) if reference else None
         # Norms and biases do not decay.
@@ -89,8 +89,8 @@ class LocalLearner:
         for indices in order.tensor_split(self.config.minibatches):
             self._minibatch([samples[i] for i in indices.tolist()], method, temperature, totals, segments)
         self.progress.steps += 1
-        if totals["updates"] and self.sampler_model is not None:
-            refresh(self.sampler_model, self.trained)
+        if totals["updates"] and self.mirror is not None:
+            refresh(self.mirror, self.trained)
         return {"lr": rate, **_metrics(totals, segments, method)}
 
     def save(self, folder: Path) -> None:
@@ -100,8 +100,8 @@ class LocalLearner:
     def load(self, folder: Path) -> None:
         """Continue bit for bit where `save` stopped. Raises CheckpointError."""
         load_checkpoint(folder, self.model, self.trained, self.optimizer, self.progress)
-        if self.sampler_model is not None:
-            refresh(self.sampler_model, self.trained)
+        if self.mirror is not None:
+            refresh(self.mirror, self.trained)
 
     def gradient_norms(
         self, samples: Sequence[Sample], method: MethodConfig, temperature: float
@@ -258,8 +258,8 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def refresh(sampler_model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
+def refresh(mirror: nn.Module, trained: dict[str, nn.Parameter]) -> None:
     """Copy trained weights into the sampler's model, in its precision."""
-    there = dict(sampler_model.named_parameters())
+    there = dict(mirror.named_parameters())
     for name, parameter in trained.items():
         there[name].copy_(parameter)
