@@ -11,8 +11,8 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from rexrag.engine.sampling.cuda_graphs import Recorded
-from rexrag.engine.sampling.decoder import Fused
+from rexrag.engine.sampling.cuda_graphs import CudaGraphs
+from rexrag.engine.sampling.decoder import FusedDecoder
 
 
 class ModelClock:
@@ -50,7 +50,11 @@ def model_clock(model: Any, optimizer: torch.optim.Optimizer | None = None) -> I
     parts: list[nn.Module] = [model.base_model, model.get_output_embeddings()]
     hooks = [part.register_forward_pre_hook(clock.enter) for part in parts]
     hooks += [part.register_forward_hook(clock.leave) for part in parts]
-    timed: list[tuple[Any, str]] = [(torch.Tensor, "backward"), (Fused, "__call__"), (Recorded, "__call__")]
+    timed: list[tuple[Any, str]] = [
+        (torch.Tensor, "backward"),
+        (FusedDecoder, "__call__"),
+        (CudaGraphs, "__call__"),
+    ]
     timed += [] if optimizer is None else [(optimizer, "step")]
     try:
         with ExitStack() as stack:
@@ -77,8 +81,8 @@ def counted_forwards(*models: Any) -> Iterator[list[int]]:
     hooks = [m.base_model.register_forward_hook(lambda *_: forwards.append(1)) for m in models]
     try:
         with (
-            patch.object(Fused, "__call__", counted(Fused.__call__)),
-            patch.object(Recorded, "_step", counted(Recorded._step)),
+            patch.object(FusedDecoder, "__call__", counted(FusedDecoder.__call__)),
+            patch.object(CudaGraphs, "_step", counted(CudaGraphs._step)),
         ):
             yield forwards
     finally:

@@ -52,7 +52,7 @@ def configure(args: argparse.Namespace) -> Config:
     """The quickstart for a shipped checkpoint; else the settings of `smollm2-2wiki`."""
     embedded = args.model in EMBEDDED
     files = [] if embedded else [f"data.{name}={args.data}/{name}.jsonl" for name in ("train", "corpus")]
-    fixed = [f"policy.path={args.model}", f"policy.dtype={args.dtype}", *files, 'data.dev=""']
+    fixed = [f"policy.path={args.model}", f"policy.precision={args.dtype}", *files, 'data.dev=""']
     if args.threads:
         torch.set_num_threads(args.threads)
     base = "quickstart" if embedded else "smollm2-2wiki"

@@ -128,7 +128,7 @@ def operations(size: Size, samples: Sequence[Sample], model: Any, max_tokens: in
     return total
 
 
-def draw(config: Config, questions: int, seed: int) -> tuple[LocalLearner, list[Sample]]:
+def draw_tokens(config: Config, questions: int, seed: int) -> tuple[LocalLearner, list[Sample]]:
     policy, learner = load_engine(config)
     asked, retriever = questions_and_retriever(config)
     context = StepContext(policy, retriever, load_cues(config, policy.codec))
@@ -157,7 +157,7 @@ def main() -> None:
     args = options.parse_args()
     args.set = ["policy.train_last_layers=0", "learner.minibatches=1", "learner.lr=1e-9", *args.set]
     config = configure(args)
-    learner, samples = draw(config, args.questions or config.train.questions, args.seed)
+    learner, samples = draw_tokens(config, args.questions or config.train.questions, args.seed)
     every = [replace(s, advantage=s.advantage or 1e-6) for s in samples]
     run = [s for s in samples if s.advantage != 0.0]
     ways: dict[str, tuple[Packer, list[Sample]]] = {

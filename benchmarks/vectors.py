@@ -49,14 +49,14 @@ def make_vectors(folder: Path, count: int, dimension: int, queries: int) -> None
     basis = rng.standard_normal((64, dimension), dtype=np.float32)
     centres = rng.standard_normal((max(16, count // 200), 64), dtype=np.float32) @ basis / 8
 
-    def draw(number: int) -> NDArray[np.float32]:
+    def draw_tokens(number: int) -> NDArray[np.float32]:
         found = centres[rng.integers(len(centres), size=number)]
         found += 0.5 * rng.standard_normal((number, 64), dtype=np.float32) @ basis / 8
         return found + 0.2 * rng.standard_normal((number, dimension), dtype=np.float32)
 
     vectors = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float32, (count, dimension))
     for start in range(0, count, PIECE):
-        vectors[start : start + PIECE] = unit(draw(min(PIECE, count - start)))
+        vectors[start : start + PIECE] = unit(draw_tokens(min(PIECE, count - start)))
     vectors.flush()
     asked = vectors[rng.choice(count, queries, replace=False)]
     noise = rng.standard_normal(asked.shape, dtype=np.float32) / dimension**0.5

@@ -50,7 +50,7 @@ class ByTurn:
 
     def __init__(self, make: type[Generate] | type[TRL], folder: str, config: Config) -> None:
         self.codec = load_codec(folder)
-        self.engine = make(folder, self.codec, DTYPES[config.policy.dtype], config.agent.temperature)
+        self.engine = make(folder, self.codec, DTYPES[config.policy.precision], config.agent.temperature)
 
     def run(self, episodes: Sequence[Episode], retriever: Retriever, seed: int) -> None:
         torch.manual_seed(seed)
@@ -74,8 +74,9 @@ class VLLM:
             SamplingParams,
         )
         self.engine = LLM(
-            folder, dtype=config.policy.dtype, enable_prefix_caching=True, max_num_seqs=256, seed=config.seed,
-            max_model_len=config.agent.total_tokens + config.agent.turn_tokens, disable_log_stats=True,
+            folder, dtype=config.policy.precision, enable_prefix_caching=True, max_num_seqs=256,
+            seed=config.seed, disable_log_stats=True,
+            max_model_len=config.agent.total_tokens + config.agent.turn_tokens,
         ).llm_engine  # fmt: skip
 
     def run(self, episodes: Sequence[Episode], retriever: Retriever, seed: int) -> None:

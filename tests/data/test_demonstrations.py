@@ -29,7 +29,8 @@ from rexrag.data.two_wiki import clip, find_chain, question_demonstrations, shar
 from rexrag.data.world.generator import KINDS, World
 from rexrag.retrieval.corpus import read_corpus
 from rexrag.retrieval.rankers.bm25 import BM25Retriever
-from rexrag.training.sft import EMBEDDED_AGENT, embedded_tokenizer, episode_setting
+from rexrag.training.make_checkpoint import EMBEDDED_AGENT, embedded_tokenizer
+from rexrag.training.sft import episode_setting
 from rexrag.types import Origin, Question, Rollout
 from tests.support.fakes import CharCodec, document
 

@@ -16,8 +16,8 @@ from rexrag.engine.learning.learner import LocalLearner
 from rexrag.engine.loading import load_engine
 from rexrag.engine.sampling import cache, sampler
 from rexrag.engine.sampling.cache import CacheShape
-from rexrag.engine.sampling.cuda_graphs import Recorded
-from rexrag.engine.sampling.decoder import heads_of
+from rexrag.engine.sampling.cuda_graphs import CudaGraphs
+from rexrag.engine.sampling.decoder import layer_attention
 from rexrag.engine.sampling.sampler import LocalSession
 from rexrag.training.loop import train
 from rexrag.types import Origin
@@ -93,48 +93,48 @@ def test_log_probs_are_those_of_a_full_forward(name):
 
 @pytest.fixture
 def captures(monkeypatch):
-    """Sizes of the steps that were recorded."""
+    """Sizes of the steps that were captured."""
     sizes: list[int] = []
-    capture = Recorded._capture
+    capture = CudaGraphs._capture
 
     def watched(self, step, device, keep):
         replay = capture(self, step, device, keep)
         sizes.append(len(keep[0]))
         return replay
 
-    monkeypatch.setattr(Recorded, "_capture", watched)
+    monkeypatch.setattr(CudaGraphs, "_capture", watched)
     return sizes
 
 
 @pytest.mark.parametrize("grain", [8, 256])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_recorded_steps_sample_what_unrecorded_ones_do(name, own, grain, monkeypatch, captures):
+def test_captured_steps_sample_what_uncaptured_ones_do(name, own, grain, monkeypatch, captures):
     """The merged decoder and the model's own; banks that rows leave, that grow, stay or go."""
     model = on_gpu(name)
-    heads = None if own else heads_of(model)
+    settings = None if own else layer_attention(model)
     monkeypatch.setattr(sampler, "MAX_ROWS", 20)
-    monkeypatch.setattr(cache, "RECORDED_GRAIN", grain)
+    monkeypatch.setattr(cache, "GRAPH_CAPACITY_STEP", grain)
     monkeypatch.setattr(cache, "KEPT_BYTES", 0 if grain == 8 else 1 << 30)
     found = []
-    for recorded in (True, False):
-        shape = replace(CacheShape.of(model), recorded=recorded)
-        opened = LocalSession(model, shape, heads)
+    for graphs in (True, False):
+        shape = replace(CacheShape.of(model), cuda_graphs=graphs)
+        opened = LocalSession(model, shape, settings)
         for seed, count in enumerate((2, 8, 8)):  # few rows first: a bank that stays has to grow
             episodes = scripts(count, turns=4)
             with torch.device("cpu"):
                 opened.run(episodes, Echo(), 1.0, seed)
         assert errors(model, episodes).max() < 1e-4
         found.append([episode.tokens for episode in episodes])
-        assert bool(captures) == recorded
+        assert bool(captures) == graphs
         captures.clear()
     same = sum(a == b for a, b in zip(*found, strict=True))
     assert same >= len(found[0]) - 1  # a number on the edge of two tokens may fall to the other side
 
 
-def test_a_forward_that_waits_for_the_device_is_not_recorded(captures):
+def test_a_forward_that_waits_for_the_device_is_not_captured(captures):
     model = on_gpu("llama", rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
-    assert heads_of(model) is None
+    assert layer_attention(model) is None
     episodes = scripts()
     run(model, episodes)
     assert errors(model, episodes).max() < 1e-4
@@ -215,9 +215,7 @@ def test_a_checkpoint_moves_between_gpu_and_cpu(tmp_path: Path):
             assert torch.allclose(weight.cpu(), trainer.trained[name].cpu(), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "changes", [[], ["policy.autocast=true", "policy.dtype=bfloat16"], ["policy.lora_rank=8"]]
-)
+@pytest.mark.parametrize("changes", [[], ["policy.precision=bfloat16"], ["policy.lora_rank=8"]])
 def test_a_run_goes_on_where_it_stopped(changes, tmp_path: Path):
     with torch.device("cpu"):
         fixed = ["train.control=''", "train.evals=1", "data.dev_limit=40", "train.questions=4", *changes]

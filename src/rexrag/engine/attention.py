@@ -1,9 +1,9 @@
-"""Attention over packed rows: many rows of different lengths side by side in one forward, without padding.
+"""Attention over packed rows: many rows of different lengths in one forward, without padding.
 
 A Hugging Face decoder runs on one "sequence" [1, N] that holds the tokens of all rows with their own
-positions. Everything but attention works on single tokens, so only attention must know where rows begin.
-That knowledge is a `Plan`: it travels through the model's own forward as a keyword argument to the function
-registered here. Without a plan the function is the library's scaled-dot-product attention.
+positions. Everything but attention works on single tokens, so only attention must know where rows begin. An
+`AttentionPlan` says so. It is passed through the model's own forward as a keyword argument to the attention
+function registered here. Without a plan that function is the library's scaled-dot-product attention.
 
 Shape suffixes: N packed tokens, R rows, H query heads, K key-value heads, D head size, L key positions.
 """
@@ -26,29 +26,33 @@ from rexrag.errors import ModelError
 ATTENTION = "rexrag-packed"
 
 
-class Plan(Protocol):
-    """Who attends to what in one forward."""
+class AttentionPlan(Protocol):
+    """Which tokens attend to which in one forward."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: LayerAttention
+    ) -> Tensor:
         """query [1, H, N, D], key and value [1, K, N, D] -> [1, N, H, D]."""
         ...
 
 
-class Heads(NamedTuple):
-    """What a layer says about its attention: the score's factor, and how far back it looks (None: all)."""
+class LayerAttention(NamedTuple):
+    """Attention settings of one layer."""
 
     scale: float
+    """Factor of the scores."""
     window: int | None
+    """Positions that a query sees, its own among them; None: all."""
 
 
 @dataclass
 class Masks:
-    """Additive masks of one forward, made once and shared by its layers."""
+    """Additive masks of one forward, shared by its layers."""
 
     made: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
     def causal(self, n: int, length: int, window: int | None, like: Tensor) -> Tensor:
-        """[n, length]: the last n of `length` positions look back; -inf where they may not."""
+        """[n, length]: mask of the last n of `length` positions; -inf where a position is not seen."""
         key = (n, length, window)
         if key not in self.made:
             last = torch.arange(length - n, length, device=like.device)[:, None]
@@ -60,20 +64,22 @@ class Masks:
         return self.made[key]
 
 
-def attend_causal(query: Tensor, key: Tensor, value: Tensor, heads: Heads, masks: Masks) -> Tensor:
+def attend_causal(
+    query: Tensor, key: Tensor, value: Tensor, settings: LayerAttention, masks: Masks
+) -> Tensor:
     """query [1, H, n, D] at the last n of the L positions of key and value [1, K, L, D] -> [1, H, n, D]."""
     n, length = query.shape[2], key.shape[2]
-    windowed = heads.window is not None and length > heads.window
+    windowed = settings.window is not None and length > settings.window
     plain = n == length and not windowed
-    mask = None if plain or (n == 1 and not windowed) else masks.causal(n, length, heads.window, query)
-    return attend_grouped(query, key, value, mask, plain and n > 1, heads.scale)
+    mask = None if plain or (n == 1 and not windowed) else masks.causal(n, length, settings.window, query)
+    return attend_grouped(query, key, value, mask, plain and n > 1, settings.scale)
 
 
 def attend_grouped(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
     """query [R, H, n, D], key and value [R, K, L, D], mask additive or None -> [R, H, n, D]."""
-    if query.is_cuda:  # its fused kernels take grouped heads only without a mask
+    if query.is_cuda:  # fused CUDA kernels take grouped heads only without a mask
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     return nn.functional.scaled_dot_product_attention(
@@ -81,46 +87,48 @@ def attend_grouped(
     )
 
 
-class Segment(NamedTuple):
-    """The next `size` tokens of a pack: a row, or a piece that one or more of them share."""
+class PrefixNode(NamedTuple):
+    """The next `size` tokens of a pack, as a node of the prefix tree of its rows."""
 
     size: int
-    context: int | None = None
-    """Index of the segment that they go on from, and see with all that it sees; None: they begin a row."""
+    parent: int | None = None
+    """Index of the node before it in its rows. Tokens see their own node and all its ancestors."""
 
 
 @dataclass
 class PackedPlan:
-    """Rows without a cache, for scoring and training. Segments cover the pack in order."""
+    """Rows without a cache, for scoring and training. The nodes cover the pack in order."""
 
-    segments: Sequence[Segment]
+    nodes: Sequence[PrefixNode]
     masks: Masks = field(default_factory=Masks)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: LayerAttention
+    ) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
-            # The CPU kernel's backward pass is up to twice as slow in bfloat16 as in float32; and where there
-            # is none, scores have to be those that training starts from.
+            # The CPU kernel's backward pass is up to twice as slow in bfloat16 as in float32. Scoring does
+            # the same, so that its log-probs equal those of training.
             with torch.autocast("cpu", enabled=False):
-                return self._attend(query.float(), key.float(), value.float(), heads)
-        return self._attend(query, key, value, heads)
+                return self._attend(query.float(), key.float(), value.float(), settings)
+        return self._attend(query, key, value, settings)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, settings: LayerAttention) -> Tensor:
         # Split, not sliced: the gradient of each slice would be as large as the pack.
-        sizes = [segment.size for segment in self.segments]
+        sizes = [node.size for node in self.nodes]
         parts = [torch.split_with_sizes(x, sizes, dim=2) for x in (query, key, value)]
         out = []
         seen: list[tuple[Tensor, Tensor]] = []
-        for (_, context), own, keys, values in zip(self.segments, *parts, strict=True):
-            if context is not None:
-                keys = torch.cat([seen[context][0], keys], dim=2)
-                values = torch.cat([seen[context][1], values], dim=2)
+        for (_, parent), own, keys, values in zip(self.nodes, *parts, strict=True):
+            if parent is not None:
+                keys = torch.cat([seen[parent][0], keys], dim=2)
+                values = torch.cat([seen[parent][1], values], dim=2)
             seen.append((keys, values))
-            out.append(attend_causal(own, keys, values, heads, self.masks))
+            out.append(attend_causal(own, keys, values, settings, self.masks))
         return torch.cat(out, dim=2).transpose(1, 2)
 
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-"""Arguments that change attention scores (soft-capping, sinks, biases) as no plan does."""
+"""Arguments that change attention scores (soft-capping, sinks, biases), which no plan supports."""
 
 
 def _attention(
@@ -129,43 +137,44 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    plan: Plan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    """The signature of a transformers attention function; `plan` among the keyword arguments."""
+    plan: AttentionPlan | None = kwargs.pop("plan", None)
     if plan is None:
-        kwargs |= {"scaling": scaling, "sliding_window": sliding_window}
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return out, None
     extra = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if extra:
         raise ModelError(f"{type(module).__name__}: attention with {', '.join(extra)} is not supported")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale: float | None = kwargs.get("scaling")
+    settings = LayerAttention(
+        query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("sliding_window")
+    )
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return plan.attend(layer, query, key, value, Heads(scale, sliding_window)), None
+    return plan.attend(layer, query, key, value, settings), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def hidden_states(model: nn.Module, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+def hidden_states(model: nn.Module, ids: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
     """Last hidden state of each packed token: ids, positions long [N] -> [N, hidden]."""
-    prepared = torch.zeros(1, 1, 1, 1, device=ids.device)  # a 4-D mask stops the model from building its own
+    mask = torch.zeros(1, 1, 1, 1, device=ids.device)  # with a 4-D mask the model does not build its own
     decoder = model.base_model
     out = decoder(  # type: ignore[operator]
-        input_ids=ids[None], position_ids=positions[None], attention_mask=prepared, use_cache=False, plan=plan
+        input_ids=ids[None], position_ids=positions[None], attention_mask=mask, use_cache=False, plan=plan
     )
     hidden: Tensor = out.last_hidden_state[0]
     return hidden
 
 
 def use_packed_attention(model: Any) -> None:
-    """Switch a Hugging Face causal language model to packed attention and check that the logits agree.
+    """Switch a Hugging Face causal LM to packed attention and compare logits with its own forward.
 
-    Two rows that share a prompt are compared with the model's own forward of each. Raises ModelError for an
-    architecture that differs: its attention cannot be replaced, or it changes its logits after the head.
+    The test is two rows that share a prompt. Raises ModelError for an architecture whose attention cannot be
+    replaced, or that changes its logits after the head.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     rows = [[7 * i * i % vocabulary for i in range(j, j + 12)] for j in (1, 1)]
@@ -178,7 +187,7 @@ def use_packed_attention(model: Any) -> None:
         with torch.inference_mode():
             own = model(input_ids=torch.tensor(rows, device=device), use_cache=False).logits.float()
             model.set_attn_implementation(ATTENTION)
-            plan = PackedPlan([Segment(8), Segment(4, context=0), Segment(4, context=0)])
+            plan = PackedPlan([PrefixNode(8), PrefixNode(4, parent=0), PrefixNode(4, parent=0)])
             packed = model.get_output_embeddings()(hidden_states(model, ids, positions, plan)).float()
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{type(model).__name__}: cannot run packed attention: {error}") from None
@@ -194,8 +203,8 @@ def use_packed_attention(model: Any) -> None:
 def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Natural log-probability of each target: hidden [M, hidden], targets long [M] -> float32 [M].
 
-    Temperature 0 (greedy) is scored at 1. The head runs in chunks, and again in the backward pass, so that
-    [M, vocabulary] never lies in memory for a large vocabulary.
+    Temperature 0 (greedy) is scored at 1. The head runs in chunks and is recomputed in the backward pass, so
+    that [M, vocabulary] is never in memory as a whole.
     """
     if not len(targets):
         return hidden.new_zeros(0, dtype=torch.float32)
@@ -210,11 +219,11 @@ def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: f
 
 
 CHUNK_LOGITS = 1 << 25
-"""Logits in memory at once (128 MiB in float32)."""
+"""Most logits in memory at once (128 MiB in float32)."""
 
 
 def scaled_logits(logits: Tensor, temperature: float) -> Tensor:
-    """float32 logits divided by the temperature; 0 (greedy) leaves them as they are."""
+    """Logits in float32, divided by the temperature; temperature 0 (greedy) does not change them."""
     logits = logits.float()
     return logits / temperature if temperature not in (0.0, 1.0) else logits
 

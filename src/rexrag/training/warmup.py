@@ -14,8 +14,9 @@ from rexrag.agent.prompts import cue_pool
 from rexrag.config.schema import Config
 from rexrag.data.demonstrations import Demonstration
 from rexrag.data.two_wiki import question_demonstrations
+from rexrag.engine.export import export_model
 from rexrag.engine.learning.muon import adamw
-from rexrag.engine.loading import choose_trained, codec_of, export_model, load_model
+from rexrag.engine.loading import choose_trained, codec_of, load_model, precision_of
 from rexrag.errors import ConfigError, DataError
 from rexrag.io import atomic_folder, check_writable, write_json
 from rexrag.retrieval import make_retriever
@@ -61,7 +62,7 @@ def warm_up(config: Config, out: Path) -> dict[str, Any]:
         _batches(kept, config.warmup.batch, config.seed),
         steps,
         evidence_weight=config.warmup.evidence_weight,
-        autocast=config.policy.autocast,
+        autocast=precision_of(config.policy).autocast,
     )
     facts = {
         "from": config.policy.path,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rexrag.config.schema import Config
+from rexrag.engine.precision import settled
 from rexrag.errors import ConfigError, ModelError
 
 GIB = 2.0**30
@@ -124,7 +125,7 @@ class Memory:
 def memory(config: Config, shape: Shape) -> Memory:
     """Peak memory of one GPU in each phase."""
     verl, gpus = config.verl, config.verl.nodes * config.verl.gpus_per_node
-    width = 2 if config.policy.autocast else 4
+    width = 2 if settled(config).policy.precision == "bfloat16" else 4
     rank = config.policy.lora_rank
     if rank:  # only the adapters have a gradient and moments
         per_layer = 2 * shape.hidden * shape.head * (shape.heads + shape.kv_heads) / shape.hidden

@@ -1,4 +1,4 @@
-"""A checkpoint, of either engine, as a plain Hugging Face folder.
+"""A checkpoint, of either engine, as a Hugging Face folder.
 
 verl writes the weights a second time as safetensors (`checkpoint.save_contents` holds `hf_model`); those are
 taken. Its own shards are pickled, and never opened here.
@@ -12,21 +12,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rexrag.agent.codec import load_codec
-from rexrag.config.files import load_config
+from rexrag.engine.export import export_adapter
 from rexrag.engine.learning.checkpoint import write_tensors
-from rexrag.engine.loading import DTYPES, LORA_SCALE, choose_trained, export_model, load_model
+from rexrag.engine.loading import DTYPES
+from rexrag.engine.lora import SCALE, is_adapter
 from rexrag.errors import ModelError, RunFolderError
 from rexrag.io import atomic_folder, write_json
 
 LORA_FILE = "lora_train_meta.json"
-ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
-"""Files of a local checkpoint (`engine.local.state`)."""
+OPTIMIZER = "optimizer.safetensors"
+"""Of a checkpoint of the local engine (`engine.learning.checkpoint`): no weights of the model."""
 EXTRA = (
     "tokenizer*",
     "vocab*",
@@ -50,7 +49,7 @@ def export(source: Path, out: Path, dtype: str = "") -> dict[str, Any]:
         raise ModelError(f"dtype '{dtype}': expected {' or '.join(DTYPES)}")
     adapter = _local_adapter(source)
     if adapter is not None:
-        return _merge_adapter(adapter, out, dtype)
+        return export_adapter(adapter, out, dtype)
     folder = checkpoint_folder(source)
     tensors = read_weights(folder)
     if any("lora_" in name for name in tensors):
@@ -113,30 +112,11 @@ def _of_run(run: Path) -> list[Path]:
 
 
 def _local_adapter(source: Path) -> Path | None:
-    """A checkpoint of the local engine that holds a LoRA alone; of a run its newest."""
-    found = [folder for folder in (source, *_of_run(source)) if (folder / "learner.json").is_file()]
-    return found[0] if found and (found[0] / ADAPTER).is_file() else None
-
-
-def _merge_adapter(checkpoint: Path, out: Path, dtype: str) -> dict[str, Any]:
-    """The run's start with the LoRA of one of its checkpoints merged in."""
-    settings = checkpoint.parent.parent / "config.toml"
-    if not settings.is_file():
-        raise ModelError(f"{checkpoint}: a LoRA, and {settings} that names its start is missing")
-    config = load_config(settings)
-    policy = config.policy.model_copy(update={"device": "cpu"})
-    model, source = load_model(policy, dtype=torch.float32)
-    choose_trained(model, policy, config.seed)
-    weights, parameters = read_weights(checkpoint), dict(model.named_parameters())
-    if not weights.keys() <= parameters.keys():
-        raise ModelError(f"{checkpoint}: its LoRA does not fit {source}")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            parameters[name].copy_(tensor)
-    with atomic_folder(out) as fresh:
-        export_model(model.to(DTYPES[dtype or policy.dtype]), load_codec(source), fresh)
-    count = sum(tensor.numel() for tensor in read_weights(out).values())
-    return {"from": str(checkpoint), "out": str(out), "parameters": count, "dtype": dtype or policy.dtype}
+    """A LoRA adapter, or the newest checkpoint of a run of the local engine where that is one."""
+    if is_adapter(source):
+        return source
+    found = [folder for folder in _of_run(source) if (folder / "learner.json").is_file()]
+    return found[0] if found and is_adapter(found[0]) else None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -172,7 +152,7 @@ def _lora_scale(folder: Path) -> float:
         if (place / LORA_FILE).is_file():
             facts = json.loads((place / LORA_FILE).read_text(encoding="utf-8"))
             return float(facts["lora_alpha"]) / float(facts["r"])
-    return LORA_SCALE
+    return SCALE
 
 
 def _extra_files(folder: Path) -> Iterable[Path]:

@@ -53,7 +53,7 @@ def launch(config: Config, folder: Path, resume: bool = False, restart: bool = F
         )
     if not data.dev:  # verl wants a file of questions all the same; nothing may be called held-out then
         config = config.model_copy(update={"train": config.train.model_copy(update={"evals": 0})})
-    source = resolve(config.policy.path)
+    source = resolve(config.policy.path, adapters=False)
     check_memory(config, shape_of(source))
     codec = load_codec(source)
     check_prompts(data, codec, config)

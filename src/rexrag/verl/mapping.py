@@ -15,7 +15,8 @@ from typing import Any
 
 from rexrag.config.files import dump_toml
 from rexrag.config.schema import Config
-from rexrag.engine.loading import LORA_SCALE
+from rexrag.engine.lora import SCALE as LORA_SCALE
+from rexrag.engine.precision import settled
 from rexrag.errors import ConfigError
 from rexrag.verl.records import AGENT
 
@@ -81,14 +82,14 @@ TABLE = (
     # updates of a small rate would round away.
     _fixed(f"{ACTOR}.fsdp_config.model_dtype", "fp32"),
     # What the passes run in.
-    _from(f"+{ACTOR}.fsdp_config.mixed_precision.param_dtype", "policy.autocast", lambda c: _passes(c)),
+    _from(f"+{ACTOR}.fsdp_config.mixed_precision.param_dtype", "policy.precision", lambda c: _passes(c)),
     _fixed(f"+{ACTOR}.fsdp_config.mixed_precision.reduce_dtype", "fp32"),
-    _from(f"+{REF}.fsdp_config.mixed_precision.param_dtype", "policy.autocast", lambda c: _passes(c)),
+    _from(f"+{REF}.fsdp_config.mixed_precision.param_dtype", "policy.precision", lambda c: _passes(c)),
     _fixed(f"+{REF}.fsdp_config.mixed_precision.reduce_dtype", "fp32"),
     _as_is(f"{ACTOR}.fsdp_config.param_offload", "verl.offload"),
     _as_is(f"{ACTOR}.fsdp_config.optimizer_offload", "verl.offload"),
     _as_is(f"{REF}.fsdp_config.param_offload", "verl.offload"),
-    _from(f"{ROLLOUT}.dtype", "policy.dtype", lambda c: c.policy.dtype),
+    _from(f"{ROLLOUT}.dtype", "policy.precision", lambda c: settled(c).policy.precision),
     # the step
     _as_is("data.train_batch_size", "train.questions"),
     _as_is(f"{ROLLOUT}.n", "algorithm.rollouts"),
@@ -186,7 +187,7 @@ TABLE = (
 
 
 def _passes(config: Config) -> str:
-    return "bf16" if config.policy.autocast else "fp32"
+    return "bf16" if settled(config).policy.precision == "bfloat16" else "fp32"
 
 
 def _estimator(config: Config) -> str:

@@ -23,7 +23,7 @@ from rexrag.data.world.tokenizer import TAGS, build_tokenizer, save_tokenizer
 from rexrag.errors import DataError
 from rexrag.retrieval.corpus import read_corpus
 from rexrag.retrieval.rankers.bm25 import BM25Retriever
-from rexrag.training.sft import embedded_tokenizer
+from rexrag.training.make_checkpoint import embedded_tokenizer
 
 SEEDS = st.integers(0, 10**9)
 

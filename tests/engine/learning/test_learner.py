@@ -255,8 +255,8 @@ def test_a_gradient_that_is_not_finite_is_counted_and_not_applied():
     before = {name: p.clone() for name, p in trainer.trained.items()}
     row = dataclasses.replace(samples(1)[0], mask=(True,) * len(samples(1)[0].tokens), advantage=1.0)
     metrics = trainer.update([row], GRPO, 1.0)
-    assert metrics["nonfinite_updates"] == trainer.state.nonfinite_updates == 1
-    assert metrics["updates"] == trainer.state.updates == 0
+    assert metrics["nonfinite_updates"] == trainer.progress.nonfinite_updates == 1
+    assert metrics["updates"] == trainer.progress.updates == 0
     assert all(torch.equal(p, before[name]) for name, p in trainer.trained.items())
 
 
@@ -395,7 +395,7 @@ def test_two_and_two_updates_equal_four_bit_for_bit(policy, tmp_path):
     found += [second.update(rows, GRPO, 1.0) for rows in steps[2:]]
     assert expected == found
     assert all(torch.equal(p, second.trained[name]) for name, p in straight.trained.items())
-    assert second.state.updates == 8 and second.state.steps == 4
+    assert second.progress.updates == 8 and second.progress.steps == 4
 
 
 def test_a_checkpoint_of_all_weights_is_a_hugging_face_model(tmp_path):
@@ -428,7 +428,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
             learner().load(tmp_path / "good")
 
 
-def test_a_mirror_follows_the_master_weights():
+def test_the_sampler_model_follows_the_master_weights():
     model = qwen2()
     mirror = packed(qwen2()).to(torch.bfloat16)
     trainer = learner(model, mirror=mirror)
@@ -458,7 +458,7 @@ def test_packs_cover_every_row_once_within_the_limit(rows, max_tokens):
     assert sorted(i for p in packs for i in p.rows) == [i for i, (_, r) in enumerate(rows) if r]
     for pack in packs:
         assert len(pack.ids) <= max_tokens or len(pack.rows) == 1
-        assert sum(segment.size for segment in pack.segments) == len(pack.ids)
+        assert sum(node.size for node in pack.nodes) == len(pack.ids)
         fed = [(*rows[i][0], *rows[i][1][:-1]) for i in pack.rows]
         # Each beginning is run once, and what a token sees is its own row up to itself.
         assert seen(pack) == sorted({row[:end] for row in fed for end in range(1, len(row) + 1)})
@@ -473,9 +473,9 @@ def beginnings(pack) -> list[tuple[int, ...]]:
     """For each packed token: what it sees, itself included, by the positions that the pack gives."""
     out: list[tuple[int, ...]] = []
     ends: list[tuple[int, ...]] = []
-    for segment in pack.segments:
-        before = () if segment.context is None else ends[segment.context]
-        for token in pack.ids[len(out) : len(out) + segment.size]:
+    for node in pack.nodes:
+        before = () if node.parent is None else ends[node.parent]
+        for token in pack.ids[len(out) : len(out) + node.size]:
             assert pack.positions[len(out)] == len(before)
             before = (*before, token)
             out.append(before)
@@ -524,7 +524,7 @@ def test_gradient_norms_by_segment_are_those_of_its_tokens_and_nothing_moves():
     before = {name: p.detach().clone() for name, p in trainer.trained.items()}
     rows = near_policy(trainer.model, samples(streams=False))
     norms = trainer.gradient_norms(rows, GRPO, 1.0)
-    assert trainer.state.updates == 0 and all(p.grad is None for p in trainer.trained.values())
+    assert trainer.progress.updates == 0 and all(p.grad is None for p in trainer.trained.values())
     assert set(norms) == {segment.name.lower() for segment in Segment}
     parts = []
     for segment in Segment:

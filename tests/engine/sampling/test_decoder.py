@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from rexrag.config.schema import PolicyConfig
-from rexrag.engine.attention import PackedPlan, Segment, hidden_states, use_packed_attention
+from rexrag.engine.attention import PackedPlan, PrefixNode, hidden_states, use_packed_attention
 from rexrag.engine.loading import choose_trained
 from rexrag.engine.sampling import decoder
-from rexrag.engine.sampling.decoder import Fused, heads_of
+from rexrag.engine.sampling.decoder import FusedDecoder, layer_attention
 from tests.engine.sampling.test_sampler import Echo, largest_error, rollouts, run, session
 from tests.support.scripted import SIZES, VOCABULARY, llama, qwen2, spread
 
@@ -61,14 +61,14 @@ def trained_norms(model):
     return model
 
 
-def forwards(model, heads):
+def forwards(model, settings):
     """Hidden states of the same packed rows by both."""
     sizes = [3, 17, 1, 40]
     ids = torch.randint(0, VOCABULARY, (sum(sizes),), generator=torch.Generator().manual_seed(1))
     positions = torch.cat([torch.arange(n) + start for n, start in zip(sizes, (0, 5, 90, 200), strict=True)])
-    plan = PackedPlan([Segment(n) for n in sizes])
+    plan = PackedPlan([PrefixNode(n) for n in sizes])
     with torch.inference_mode():
-        return Fused(model.base_model, heads)(ids, positions, plan), hidden_states(
+        return FusedDecoder(model.base_model, settings)(ids, positions, plan), hidden_states(
             model, ids, positions, plan
         )
 
@@ -77,11 +77,11 @@ def forwards(model, heads):
 def test_hidden_states_are_the_model_s_own(name):
     model = trained_norms(MERGED[name]())
     use_packed_attention(model)
-    heads = heads_of(model)
-    assert heads is not None
-    windows = {h.window for h in heads}
+    settings = layer_attention(model)
+    assert settings is not None
+    windows = {h.window for h in settings}
     assert windows == {"mistral": {8}, "qwen2, one key head, windows": {None, 16}}.get(name, {None})
-    merged, own = forwards(model, heads)
+    merged, own = forwards(model, settings)
     assert torch.allclose(merged, own, atol=1e-5 * float(own.abs().max()), rtol=0.0)
 
 
@@ -89,15 +89,15 @@ def test_weights_of_any_size_give_the_same(monkeypatch):
     """Small and large weights are copied in different layouts; those in bfloat16 keep theirs."""
     model = trained_norms(llama(attention_bias=True, mlp_bias=True))
     use_packed_attention(model)
-    heads = heads_of(model)
-    expected = forwards(model, heads)[0]
+    settings = layer_attention(model)
+    expected = forwards(model, settings)[0]
     monkeypatch.setattr("rexrag.engine.sampling.cpu_weights.SMALL", 0)
-    assert torch.allclose(forwards(model, heads)[0], expected, atol=1e-4)
+    assert torch.allclose(forwards(model, settings)[0], expected, atol=1e-4)
     rounded = trained_norms(llama()).to(torch.bfloat16)
     use_packed_attention(rounded)
-    heads = heads_of(rounded)
-    assert heads is not None
-    merged, own = (x.float() for x in forwards(rounded, heads))
+    settings = layer_attention(rounded)
+    assert settings is not None
+    merged, own = (x.float() for x in forwards(rounded, settings))
     assert ((merged - own).norm(dim=-1) / own.norm(dim=-1)).median() < 0.05
 
 
@@ -144,7 +144,7 @@ OTHERS = {
 def test_other_models_run_their_own_forward(name):
     model = trained_norms(OTHERS[name]()).eval()
     use_packed_attention(model)
-    assert heads_of(model) is None
+    assert layer_attention(model) is None
     episodes = rollouts(3, 2)
     run(model, episodes)
     assert largest_error(model, episodes) < 1e-4
@@ -165,20 +165,20 @@ def test_another_family_s_hidden_states_are_seen_to_differ(name, dtype, monkeypa
     model = trained_norms(OTHERS[name]()).to(dtype).eval()
     use_packed_attention(model)
     monkeypatch.setattr(decoder, "FAMILIES", (model.config.model_type,))
-    assert heads_of(model) is None
+    assert layer_attention(model) is None
 
 
 def test_a_model_with_fewer_positions_than_the_comparison_needs_is_no_error():
     sizes = {"n_positions": 20, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes)).eval()
     use_packed_attention(model)
-    assert heads_of(model) is None
+    assert layer_attention(model) is None
 
 
 def test_a_model_too_large_to_copy_runs_its_own_forward(model, monkeypatch):
-    assert heads_of(model) is not None
+    assert layer_attention(model) is not None
     monkeypatch.setattr(decoder, "COPIED_BYTES", 100)
-    assert heads_of(model) is None
+    assert layer_attention(model) is None
 
 
 def test_a_session_keeps_the_weights_of_its_beginning_and_frees_its_copies(model):
@@ -194,4 +194,4 @@ def test_a_session_keeps_the_weights_of_its_beginning_and_frees_its_copies(model
     assert logps(opened) == pytest.approx(before, abs=1e-5)
     assert logps(session(model)) != pytest.approx(before, abs=1e-5)
     opened.close()
-    assert not any(isinstance(value, Fused) for value in vars(opened).values())
+    assert not any(isinstance(value, FusedDecoder) for value in vars(opened).values())

@@ -11,14 +11,12 @@ import torch
 
 from rexrag.agent.episode import State
 from rexrag.engine.attention import use_packed_attention
-from rexrag.engine.sampling import cpu_weights as repack
-from rexrag.engine.sampling import sampler
-from rexrag.engine.sampling import speculation as drafts
+from rexrag.engine.sampling import batch, cpu_weights, sampler, speculation
 from rexrag.engine.sampling.cache import CacheShape, capacity_for
-from rexrag.engine.sampling.cpu_weights import Repacked
-from rexrag.engine.sampling.decoder import heads_of
+from rexrag.engine.sampling.cpu_weights import CpuWeights
+from rexrag.engine.sampling.decoder import layer_attention
 from rexrag.engine.sampling.sampler import LocalSession
-from rexrag.engine.sampling.token_draw import draw, find, invert, streams, uniforms
+from rexrag.engine.sampling.token_draw import draw_tokens, find, invert, streams, uniforms
 from rexrag.errors import DataError, ModelError, RetrievalError
 from rexrag.types import Origin
 from tests.support.scripted import MAKERS, Echo, Script, prompts, qwen2
@@ -26,16 +24,16 @@ from tests.support.scripted import MAKERS, Echo, Script, prompts, qwen2
 CUE = [7, 8, 9]
 
 
-@pytest.fixture(autouse=True, params=["drafting", "plain"])
-def drafting(request, monkeypatch) -> bool:
-    """With and without drafts at what comes next, which models as small as these do without."""
-    on: bool = request.param == "drafting"
-    monkeypatch.setattr(sampler, "DRAFTING_BYTES", 0 if on else 1 << 60)
+@pytest.fixture(autouse=True, params=["speculation", "plain"])
+def speculates(request, monkeypatch) -> bool:
+    """With and without speculation, which is off for models of this size."""
+    on: bool = request.param == "speculation"
+    monkeypatch.setattr(sampler, "SPECULATION_BYTES", 0 if on else 1 << 60)
     return on
 
 
 def session(model, **options) -> LocalSession:
-    return LocalSession(model, CacheShape.of(model), heads_of(model), **options)
+    return LocalSession(model, CacheShape.of(model), layer_attention(model), **options)
 
 
 def rollouts(n: int = 8, each: int = 3, **options) -> list[Script]:
@@ -183,16 +181,16 @@ def run_prefixes(episodes: list[Script]) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.15, 1.0])
-def test_what_rollouts_have_in_common_is_run_once(model, temperature, drafting):
+def test_prefixes_that_rollouts_share_are_run_once(model, temperature, speculates):
     episodes = rollouts(4, 12, turns=4)
     opened = session(model)
     sizes = counted(opened)
     opened.run(episodes, Echo(), temperature, 5)
     assert sum(sizes) == len(run_prefixes(episodes)) or (
-        drafting and sum(sizes) > len(run_prefixes(episodes))
+        speculates and sum(sizes) > len(run_prefixes(episodes))
     )
     tokens = sum(last_sampled(e) for e in episodes)
-    assert temperature == 1.0 or drafting or sum(sizes) < (0.3 if temperature == 0.0 else 0.8) * tokens
+    assert temperature == 1.0 or speculates or sum(sizes) < (0.3 if temperature == 0.0 else 0.8) * tokens
     assert opened.generated_tokens == sum(e.origins.count(int(Origin.POLICY)) for e in episodes)
     for place in (0, 13, 47):  # each is what it would have been alone
         alone = [Script(e.prompt, turns=4) for e in episodes]
@@ -205,7 +203,7 @@ def test_what_rollouts_have_in_common_is_run_once(model, temperature, drafting):
     opened.close()
 
 
-def test_rollouts_that_said_the_same_part_where_they_want_different_things(model):
+def test_episodes_with_equal_tokens_get_rows_of_their_own_where_their_share_key_differs(model):
     options = [{}, {"turn_tokens": 5}, {"turns": 2}, {"evidence": 4}, {}]
     episodes = [Script(prompt, **chosen) for prompt in prompts(6) for chosen in options]
     asking_less = episodes[4::5]
@@ -223,16 +221,16 @@ def test_rollouts_that_said_the_same_part_where_they_want_different_things(model
 
 @pytest.mark.parametrize("temperature", [0.0, 0.15, 1.0])
 @pytest.mark.parametrize("predictable", [False, True])
-def test_drafts_save_forwards_and_change_no_token(model, predictable, temperature, monkeypatch):
+def test_speculation_saves_forwards_and_changes_no_token(model, predictable, temperature, monkeypatch):
     if predictable:  # what comes next depends on the last token alone
         with torch.no_grad():
             for layer in model.model.layers:
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
 
-    def drawn(least_bytes: int, length: int = drafts.LENGTH) -> tuple[list[Script], int, int]:
-        monkeypatch.setattr(sampler, "DRAFTING_BYTES", least_bytes)
-        monkeypatch.setattr(drafts, "LENGTH", length)
+    def drawn(least_bytes: int, length: int = speculation.LENGTH) -> tuple[list[Script], int, int]:
+        monkeypatch.setattr(sampler, "SPECULATION_BYTES", least_bytes)
+        monkeypatch.setattr(speculation, "LENGTH", length)
         episodes = rollouts(5, 8, turns=4)
         opened = session(model)
         sizes = counted(opened)
@@ -246,31 +244,31 @@ def test_drafts_save_forwards_and_change_no_token(model, predictable, temperatur
 
     plain, steps, read = drawn(1 << 60)
     for length in (1, 4, 30):
-        drafted, fewer, same = drawn(0, length)
-        assert [e.tokens for e in drafted] == [e.tokens for e in plain]
+        speculative, fewer, same = drawn(0, length)
+        assert [e.tokens for e in speculative] == [e.tokens for e in plain]
         close = 1e-5 / (temperature or 1.0)
-        assert all(np.allclose(x.logps, y.logps, atol=close) for x, y in zip(drafted, plain, strict=True))
+        assert all(np.allclose(x.logps, y.logps, atol=close) for x, y in zip(speculative, plain, strict=True))
         assert same == read
         if predictable and temperature < 1.0:
             assert fewer < (0.8 if length == 1 else 0.7) * steps
 
 
-def test_a_draft_is_what_came_most_often_after_the_longest_known_past():
-    table = drafts.Drafts()
-    assert table.draft([1, 2, 3], 4) == []
+def test_the_proposed_token_is_the_most_frequent_one_after_the_longest_known_context():
+    table = speculation.NGrams()
+    assert table.propose([1, 2, 3], 4) == []
     table.learn([], [1, 2, 3, 4, 5])
-    assert table.draft([1, 2, 3], 4) == [4]  # seen once: a second would be too bold
+    assert table.propose([1, 2, 3], 4) == [4]  # seen once: a second would be too bold
     for _ in range(9):
         table.learn([], [1, 2, 3, 4, 5, 6, 7, 8, 9])
-    assert table.draft([1, 2, 3], 9) == [4, 5, 6, 7, 8, 9]
-    assert table.draft([1, 2, 3], 2) == [4, 5]
-    assert table.draft([1, 2, 3], 0) == table.draft([1, 2, 3], -1) == table.draft([], 4) == []
-    assert table.draft([8, 8, 3], 1) == [4]  # no such triple or pair: by the last token
+    assert table.propose([1, 2, 3], 9) == [4, 5, 6, 7, 8, 9]
+    assert table.propose([1, 2, 3], 2) == [4, 5]
+    assert table.propose([1, 2, 3], 0) == table.propose([1, 2, 3], -1) == table.propose([], 4) == []
+    assert table.propose([8, 8, 3], 1) == [4]  # no such triple or pair: by the last token
     table.learn([8, 8, 3], [7])
-    assert table.draft([8, 8, 3], 1) == [7]
+    assert table.propose([8, 8, 3], 1) == [7]
     for token in range(20, 30):
         table.learn([3, 3], [token])
-    assert table.draft([3, 3], 1) == []  # anything may follow
+    assert table.propose([3, 3], 1) == []  # anything may follow
 
 
 def test_probes_with_the_same_past_and_cue_start_as_one(model):
@@ -373,40 +371,40 @@ def test_finished_rows_leave_at_once_and_long_ones_do_not_hold_them(model):
         def sampled(self, token: int, logp: float) -> None:
             super().sampled(1, logp)
             self.state = State.DONE if len(self.tokens) == self.total else State.SAMPLE
-            live.append(opened._cache.live)
+            open_rows.append(opened._cache.row_count)
 
     opened = session(model)
-    live: list[int] = []
+    open_rows: list[int] = []
     lengths = [2, 2, 2, 2, 2, 2, 300, 4]
     episodes = [Watched(prompt, total=n) for prompt, n in zip(prompts(8), lengths, strict=True)]
     opened.run(episodes, Echo(), 1.0, 0)
     assert [len(e.tokens) for e in episodes] == lengths
-    assert opened.generated_tokens == sum(lengths) == len(live)
-    assert Counter(live)[1] >= 296
+    assert opened.generated_tokens == sum(lengths) == len(open_rows)
+    assert Counter(open_rows)[1] >= 296
     assert not opened._cache.banks
     opened.close()
 
 
-def test_rows_beyond_the_limit_wait_for_a_place(model, monkeypatch, drafting):
+def test_rows_beyond_the_limit_wait_for_a_place(model, monkeypatch, speculates):
     free, limited = rollouts(6, 3), rollouts(6, 3)
     run(model, free, seed=2)
     monkeypatch.setattr(sampler, "MAX_ROWS", 4)
-    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 24)
-    monkeypatch.setattr(sampler, "BLOCK_VALUES", 5000)  # blocks of two rows at most
-    live, blocks = [], []
+    monkeypatch.setattr(batch, "PREFILL_TOKENS", 24)
+    monkeypatch.setattr(batch, "BLOCK_VALUES", 5000)  # blocks of two rows at most
+    open_rows, blocks = [], []
     append = LocalSession._append
 
     def watched(self, rows, plan, temperature):
         blocks.append([group for group in plan.groups if group.copied])
         ready = append(self, rows, plan, temperature)
-        live.append(self._cache.live)
+        open_rows.append(self._cache.row_count)
         return ready
 
     monkeypatch.setattr(LocalSession, "_append", watched)
     opened = run(model, limited, seed=2)
-    assert 1 < max(live) <= 4
+    assert 1 < max(open_rows) <= 4
     assert {len(group.slots) for several in blocks for group in several} == {1, 2}
-    assert drafting or max(map(len, blocks)) > 1
+    assert speculates or max(map(len, blocks)) > 1
     for several in blocks:
         rows, tokens = (
             sum(x) for x in zip((0, 0), *((len(g.slots), g.stop - g.start) for g in several), strict=True)
@@ -419,7 +417,7 @@ def test_rows_beyond_the_limit_wait_for_a_place(model, monkeypatch, drafting):
     )
 
 
-def test_searches_wait_for_company_and_that_changes_nothing(model, monkeypatch):
+def test_searches_wait_for_others_and_that_changes_no_token(model, monkeypatch):
     def calls(share: int, patience: int) -> tuple[list[list[int]], list[list[str]]]:
         monkeypatch.setattr(sampler, "SEARCH_SHARE", share)
         monkeypatch.setattr(sampler, "SEARCH_PATIENCE", patience)
@@ -486,7 +484,7 @@ def test_drawing_follows_the_distribution():
     n = 40_000
     uniform = torch.tensor(uniforms(streams(11, [0] * n), [3] * n))
     for temperature in (1.0, 2.0):
-        tokens, logps = draw(head, torch.zeros(n, 4), temperature, uniform)
+        tokens, logps = draw_tokens(head, torch.zeros(n, 4), temperature, uniform)
         expected = (head.bias / temperature).softmax(-1)
         shares = torch.bincount(tokens, minlength=5) / n
         assert torch.allclose(shares, expected, atol=0.01)
@@ -502,8 +500,8 @@ def test_drawing_follows_the_distribution():
     wide, hidden = torch.nn.Linear(4, 1000), torch.randn(4, 4)
     apart = hidden.repeat_interleave(torch.tensor(counts), dim=0)
     for temperature in (0.0, 0.5):
-        shared = draw(wide, hidden, temperature, uniform[:6], counts)
-        one_each = draw(wide, apart, temperature, uniform[:6])
+        shared = draw_tokens(wide, hidden, temperature, uniform[:6], counts)
+        one_each = draw_tokens(wide, apart, temperature, uniform[:6])
         assert torch.equal(shared[0], one_each[0]) and torch.allclose(shared[1], one_each[1], atol=1e-6)
     # Outcomes without mass at either end, and in the blocks there, are never found.
     probs = torch.zeros(2, 1000)
@@ -513,7 +511,7 @@ def test_drawing_follows_the_distribution():
     index, before = find(torch.tensor([[0.0, 1.0]]), torch.tensor([[-1e-17]]))  # a difference of rounded sums
     assert (index.item(), before.item()) == (1, 0.0)
     edges = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
-    tokens, logps = draw(head, torch.zeros(2, 4), 1.0, edges)
+    tokens, logps = draw_tokens(head, torch.zeros(2, 4), 1.0, edges)
     assert tokens.tolist() == [0, 4] and logps.isfinite().all()
 
 
@@ -528,14 +526,14 @@ def test_random_numbers_are_even_and_apart():
     assert len(set(streams(0, [0, 1, 2]) + streams(1, [0, 1, 2]) + streams(0, [1, 1, 1]))) == 8
 
 
-def test_repacked_weights_change_nothing_and_leave_nothing_behind(model, monkeypatch):
+def test_cpu_weights_change_no_logit_and_are_removed_after_use(model, monkeypatch):
     ids = torch.arange(1, 12)[None]
     with torch.inference_mode():
         expected = model(ids, use_cache=False).logits
-        repacked = Repacked(model)
-        with repacked.used():
+        copies = CpuWeights(model)
+        with copies.used():
             assert torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-5)
     assert not any("forward" in vars(layer) for layer in model.modules())
-    monkeypatch.setattr(repack, "COPIED_BYTES", 100)
-    assert not Repacked(model)._forwards
-    assert not Repacked(qwen2().to(torch.bfloat16))._forwards
+    monkeypatch.setattr(cpu_weights, "COPIED_BYTES", 100)
+    assert not CpuWeights(model)._forwards
+    assert not CpuWeights(qwen2().to(torch.bfloat16))._forwards

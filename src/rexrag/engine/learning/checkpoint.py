@@ -1,7 +1,9 @@
-"""What a learner needs to go on bit for bit: weights, AdamW moments, counters. Safetensors and JSON only.
+"""Checkpoints of the learner: weights, AdamW moments, counters. Safetensors and JSON only.
+
+A run that is resumed from a checkpoint continues bit for bit.
 
 model.safetensors      all weights, and config.json beside it: a model folder but for the tokenizer;
-                       where a LoRA is trained, adapter.safetensors with its weights alone
+                       of a LoRA, an adapter in peft's format instead (`engine.lora`)
 optimizer.safetensors  exp_avg/NAME, exp_avg_sq/NAME, step/NAME
 learner.json           written last: a folder without it is unfinished
 """
@@ -21,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rexrag.errors import CheckpointError
+from rexrag.engine import lora
+from rexrag.errors import CheckpointError, ModelError
 from rexrag.io import write_json
 
 FORMAT = "rexrag-learner-1"
@@ -29,29 +32,30 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass
-class LearnerState:
-    """Counters and the shuffling generator."""
+class LearnerProgress:
+    """How far a learner has come: counters, and the generator that shuffles samples."""
 
     generator: torch.Generator
     steps: int = 0
-    """Calls of `update`, which the learning rate follows."""
+    """Calls of `update`; the learning-rate warm-up counts them."""
     updates: int = 0
     nonfinite_updates: int = 0
 
 
-def save_state(
+def save_checkpoint(
     folder: Path,
     model: nn.Module,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    state: LearnerState,
+    progress: LearnerProgress,
 ) -> None:
     """Raises OSError where the folder cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "learner.json").unlink(missing_ok=True)
-    name = weights_file(trained)
-    write_tensors(folder / name, dict(trained) if name != "model.safetensors" else full_weights(model))
-    if name == "model.safetensors":
+    if is_lora(trained):
+        write_tensors(folder / lora.WEIGHTS, lora.save_adapter(folder, model, trained))
+    else:
+        write_tensors(folder / "model.safetensors", full_weights(model))
         model.config.save_pretrained(str(folder))  # type: ignore[union-attr,operator]
     moments = {
         f"{moment}/{parameter}": optimizer.state[tensor][moment]
@@ -62,21 +66,21 @@ def save_state(
     write_tensors(folder / "optimizer.safetensors", moments)
     facts = {
         "format": FORMAT,
-        "steps": state.steps,
-        "updates": state.updates,
-        "nonfinite_updates": state.nonfinite_updates,
-        "generator": base64.b64encode(bytes(state.generator.get_state().tolist())).decode("ascii"),
+        "steps": progress.steps,
+        "updates": progress.updates,
+        "nonfinite_updates": progress.nonfinite_updates,
+        "generator": base64.b64encode(bytes(progress.generator.get_state().tolist())).decode("ascii"),
         "trained": sorted(trained),
     }
     write_json(folder / "learner.json", facts)
 
 
-def load_state(
+def load_checkpoint(
     folder: Path,
     model: nn.Module,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    state: LearnerState,
+    progress: LearnerProgress,
 ) -> None:
     """Into a learner built from the same start and settings. Nothing changes unless all of it fits.
 
@@ -85,7 +89,7 @@ def load_state(
     facts = _facts(folder)
     if facts["trained"] != sorted(trained):
         raise CheckpointError(f"{folder}: belongs to a run that trains other parameters")
-    weights = _read(folder / weights_file(trained))
+    weights = _weights(folder, trained)
     moments = _read(folder / "optimizer.safetensors")
     for name, parameter in trained.items():
         wanted = {name: weights, **{f"{moment}/{name}": moments for moment in MOMENTS[:2] if moments}}
@@ -100,14 +104,25 @@ def load_state(
                 optimizer.state[parameter] = {
                     moment: moments[f"{moment}/{name}"].to(parameter.device) for moment in MOMENTS
                 }
-    state.steps, state.updates = facts["steps"], facts["updates"]
-    state.nonfinite_updates = facts["nonfinite_updates"]
-    state.generator.set_state(facts["generator"])
+    progress.steps, progress.updates = facts["steps"], facts["updates"]
+    progress.nonfinite_updates = facts["nonfinite_updates"]
+    progress.generator.set_state(facts["generator"])
 
 
-def weights_file(trained: Mapping[str, nn.Parameter]) -> str:
-    """A LoRA is saved alone; anything else as the whole model."""
-    return "adapter.safetensors" if any("lora_" in name for name in trained) else "model.safetensors"
+def is_lora(trained: Mapping[str, nn.Parameter]) -> bool:
+    """Whether these are the parameters of a LoRA."""
+    return any("lora_" in name for name in trained)
+
+
+def _weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Saved weights under the names of the model's parameters. Raises CheckpointError."""
+    if not is_lora(trained):
+        return _read(folder / "model.safetensors")
+    try:
+        adapter = lora.read_adapter(folder)
+    except ModelError as error:
+        raise CheckpointError(str(error)) from None
+    return {name: adapter[saved] for name in trained if (saved := lora.adapter_name(name)) in adapter}
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:

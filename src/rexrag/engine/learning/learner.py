@@ -1,7 +1,7 @@
-"""The local learner: executes per-token streams blindly. The loss comes from `rexrag.method.objective`.
+"""The local learner: optimizer updates from `Sample`s. The loss is `rexrag.method.objective`'s.
 
-Rows are packed without padding, each prompt once per micro-batch (`packing.py`). The losses of micro-batches
-add up to the loss of their mini-batch, because all are divided by the mini-batch's own normaliser.
+Rows are packed without padding, shared prefixes once per micro-batch (`packing.py`). The losses of
+micro-batches add up to the loss of their mini-batch: all are divided by the mini-batch's normaliser.
 
 Shape suffixes: B rows of a micro-batch, T response tokens.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rexrag.config.algorithms import Shared
 from rexrag.config.schema import LearnerConfig
-from rexrag.engine.learning.checkpoint import LearnerState, load_state, save_state
+from rexrag.engine.learning.checkpoint import LearnerProgress, load_checkpoint, save_checkpoint
 from rexrag.engine.learning.packing import Pack, TokenRow, pack_rows
 from rexrag.errors import ConfigError
 from rexrag.method.objective import (
@@ -41,8 +41,8 @@ class LocalLearner:
 
     model: a Hugging Face causal language model with packed attention, in float32 (the master weights).
     autocast: run forward and backward in bfloat16.
-    reference: keep the weights as they are now for the KL term; frozen parameters are shared with them.
-    mirror: a copy of the model in the sampler's precision, refreshed after every step.
+    reference: keep a copy of the current weights for the KL term; frozen parameters are shared, not copied.
+    mirror: a copy of the model in the sampler's precision, updated after every step.
     """
 
     def __init__(
@@ -70,46 +70,46 @@ class LocalLearner:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.state = LearnerState(torch.Generator().manual_seed(seed))
+        self.progress = LearnerProgress(torch.Generator().manual_seed(seed))
 
     def update(self, samples: Sequence[Sample], algorithm: Shared, temperature: float) -> dict[str, float]:
         """See `engine.base.Learner.update`.
 
-        The rate warms up linearly over the first `warmup_steps` calls. Rows whose advantage is zero count in
-        the normaliser but are not run, unless there is a KL term. A mini-batch without a row to run, or with
-        a gradient that is not finite, makes no update. Raises ConfigError where `kl` has no reference.
+        The learning rate warms up linearly over the first `warmup_steps` calls. Rows with advantage 0 count
+        in the normaliser but are not run, unless there is a KL term. A mini-batch without a row to run, or
+        with a gradient that is not finite, makes no update. Raises ConfigError where `kl` has no reference.
         """
         if algorithm.kl > 0 and self.reference is None:
             raise ConfigError(
                 f"algorithm.kl = {algorithm.kl}: the learner was built without a reference model"
             )
-        rate = self.config.lr * min(1.0, (self.state.steps + 1) / max(1, self.config.warmup_steps))
+        rate = self.config.lr * min(1.0, (self.progress.steps + 1) / max(1, self.config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         totals: Totals = defaultdict(float)
         segments = torch.zeros(len(Segment), 3, dtype=torch.float64)
-        order = torch.randperm(len(samples), generator=self.state.generator)
+        order = torch.randperm(len(samples), generator=self.progress.generator)
         for indices in order.tensor_split(self.config.minibatches):
             self._minibatch([samples[i] for i in indices.tolist()], algorithm, temperature, totals, segments)
-        self.state.steps += 1
+        self.progress.steps += 1
         if totals["updates"] and self.mirror is not None:
             refresh(self.mirror, self.trained)
         return {"lr": rate, **_metrics(totals, segments, algorithm)}
 
     def save(self, folder: Path) -> None:
         """See `engine.base.Learner.save`. The weights load as a Hugging Face model unless they are a LoRA."""
-        save_state(folder, self.model, self.trained, self.optimizer, self.state)
+        save_checkpoint(folder, self.model, self.trained, self.optimizer, self.progress)
 
     def load(self, folder: Path) -> None:
         """Continue bit for bit where `save` stopped. Raises CheckpointError."""
-        load_state(folder, self.model, self.trained, self.optimizer, self.state)
+        load_checkpoint(folder, self.model, self.trained, self.optimizer, self.progress)
         if self.mirror is not None:
             refresh(self.mirror, self.trained)
 
     def gradient_norms(
         self, samples: Sequence[Sample], algorithm: Shared, temperature: float
     ) -> dict[str, float]:
-        """See `engine.base.Learner.gradient_norms`. One backward pass for each segment that is there."""
+        """See `engine.base.Learner.gradient_norms`. One backward pass for each segment in the samples."""
         masks = [torch.tensor([sample.mask]) for sample in samples]
         normalizer = sum(aggregation_normalizer(mask, algorithm.aggregation) for mask in masks)
         policy_only = algorithm.model_copy(update={"kl": 0.0})
@@ -162,11 +162,11 @@ class LocalLearner:
         norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.config.grad_clip))
         if math.isfinite(norm):
             self.optimizer.step()
-            self.state.updates += 1
+            self.progress.updates += 1
             totals["updates"] += 1
             totals["grad_norm"] += norm
         else:
-            self.state.nonfinite_updates += 1
+            self.progress.nonfinite_updates += 1
             totals["nonfinite_updates"] += 1
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -180,7 +180,7 @@ class LocalLearner:
         totals: Totals,
         segments: Tensor,
     ) -> Tensor:
-        """This micro-batch's share of the mini-batch's loss."""
+        """The part of the mini-batch's loss that this micro-batch contributes."""
         device = next(self.model.parameters()).device
         rows = [samples[i] for i in pack.rows]
         lengths = torch.tensor([len(row.tokens) for row in rows], device=device)
@@ -255,14 +255,14 @@ def _metrics(totals: Totals, segments: Tensor, algorithm: Shared) -> dict[str, f
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
-    """The model as it is now. Parameters that will not change are shared, not copied."""
+    """A copy with the current weights. Parameters that are not trained are shared, not copied."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 
 @torch.no_grad()
 def refresh(mirror: nn.Module, trained: dict[str, nn.Parameter]) -> None:
-    """Copy trained weights into a model of another precision."""
+    """Copy trained weights into the sampler's model, in its precision."""
     there = dict(mirror.named_parameters())
     for name, parameter in trained.items():
         there[name].copy_(parameter)

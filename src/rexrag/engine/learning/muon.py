@@ -9,7 +9,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(hidden matrices, everything else): embeddings, the output head, norms and biases are "else"."""
+    """(hidden matrices, other parameters). Embeddings, output head, norms and biases are others."""
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
     }
@@ -40,7 +40,7 @@ def adamw(model: nn.Module, lr: float) -> list[Optimizer]:
 
 
 def set_learning_rate(optimizers: Sequence[Optimizer], factor: float) -> None:
-    """Every group's learning rate to `factor` times what it was made with."""
+    """Set the learning rate of every group to `factor` times its initial one."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("initial_lr", group["lr"])

@@ -1,7 +1,7 @@
-"""Rows of (prompt, response) packed for one forward without a cache: no padding, and each beginning once.
+"""Rows of (prompt, response) packed for one forward without a cache or padding; shared prefixes run once.
 
-Rows of a pack that begin alike are run once up to where they part: a question's rollouts share its prompt,
-and often half of their responses. Every token sees what it would see in its own row, so nothing else changes.
+The rows of a pack form a prefix tree: rollouts of a question share its prompt, and often half of their
+responses. Every token sees exactly the tokens before it in its own row.
 
 Shape suffixes: N packed tokens, U scored pairs, M response tokens of all rows of a pack.
 """
@@ -15,7 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from rexrag.engine.attention import PackedPlan, Segment, hidden_states, token_logps
+from rexrag.engine.attention import PackedPlan, PrefixNode, hidden_states, token_logps
 
 TokenRow = tuple[Sequence[int], Sequence[int]]
 """(prompt, response) token ids."""
@@ -25,19 +25,19 @@ TokenRow = tuple[Sequence[int], Sequence[int]]
 class Pack:
     """One forward. `rows` are indices of the packed rows, in the order of their response tokens.
 
-    The last response token is never fed: nothing follows it.
+    The last response token of a row is not run: nothing follows it.
     """
 
     rows: list[int]
     ids: list[int]
     positions: list[int]
-    segments: list[Segment]
+    nodes: list[PrefixNode]
     source: list[int]
-    """[U] the packed token whose hidden state predicts each scored one."""
+    """[U] index of the packed token whose hidden state predicts each scored token."""
     targets: list[int]
-    """[U] the scored tokens: each once, however many rows say it there."""
+    """[U] ids of the scored tokens; a token that several rows share is scored once."""
     place: list[int]
-    """[M] where the response tokens, row after row, are among the scored ones."""
+    """[M] index in `targets` of each response token, row after row."""
 
     def logps(self, model: nn.Module, temperature: float) -> Tensor:
         """float32 [M] natural log-probs of the response tokens, with gradient where it is enabled."""
@@ -46,7 +46,7 @@ class Pack:
             torch.tensor(x, dtype=torch.long, device=device)
             for x in (self.ids, self.positions, self.source, self.targets, self.place)
         )
-        hidden = hidden_states(model, ids, positions, PackedPlan(self.segments))
+        hidden = hidden_states(model, ids, positions, PackedPlan(self.nodes))
         head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         return token_logps(head, hidden[source], targets, temperature)[place]
 
@@ -54,7 +54,7 @@ class Pack:
 def pack_rows(rows: Sequence[TokenRow], indices: Sequence[int], max_tokens: int) -> Iterator[Pack]:
     """Packs of at most `max_tokens` tokens (a longer row goes alone) that cover `indices` once.
 
-    Rows that begin alike stand together. Rows without a response, which have nothing to score, are left out.
+    Rows with a common prefix are neighbours. Rows without a response are left out.
     """
     fed = {i: (*rows[i][0], *rows[i][1][:-1]) for i in indices if len(rows[i][1])}
     batch: list[int] = []
@@ -71,13 +71,13 @@ def pack_rows(rows: Sequence[TokenRow], indices: Sequence[int], max_tokens: int)
 
 
 def shared(one: Sequence[int], other: Sequence[int], start: int = 0) -> int:
-    """How many first tokens two rows have in common, which agree on the first `start`."""
+    """Length of the common prefix of two rows, which are known to agree on the first `start` tokens."""
     end = min(len(one), len(other))
     return next((i for i in range(start, end) if one[i] != other[i]), end)
 
 
 def pack(rows: Sequence[TokenRow], trees: Sequence[Sequence[int]]) -> Pack:
-    """One pack. `trees`: indices of rows, sorted by their tokens, which share what they begin with."""
+    """One pack. `trees`: groups of row indices, each sorted by tokens; prefixes are shared in a group."""
     made = Pack([], [], [], [], [], [], [])
     for tree in trees:
         fed = {i: (*rows[i][0], *rows[i][1][:-1]) for i in tree}
@@ -96,21 +96,21 @@ def pack(rows: Sequence[TokenRow], trees: Sequence[Sequence[int]]) -> Pack:
 
 
 def _grow(made: Pack, fed: dict[int, tuple[int, ...]]) -> dict[int, list[int]]:
-    """Add the segments of rows; for each row, which packed tokens it consists of."""
+    """Add the nodes of the prefix tree of `fed`; returns for each row the packed tokens it consists of."""
     paths: dict[int, list[int]] = {index: [] for index in fed}
     todo: list[tuple[list[int], int, int | None]] = [(list(fed), 0, None)]
     while todo:
-        members, start, context = todo.pop()  # rows that agree up to `start`, which `context` and above hold
+        members, start, parent = todo.pop()  # these rows agree up to `start`, where `parent` ends
         first = fed[members[0]]
-        end = shared(first, fed[members[-1]], start)  # sorted: what these two share, all do
+        end = shared(first, fed[members[-1]], start)  # rows are sorted: all share what first and last share
         if end > start:
-            segment, context = Segment(end - start, context), len(made.segments)
-            made.segments.append(segment)
-            run = range(len(made.ids), len(made.ids) + segment.size)
+            node, parent = PrefixNode(end - start, parent), len(made.nodes)
+            made.nodes.append(node)
+            run = range(len(made.ids), len(made.ids) + node.size)
             made.ids.extend(first[start:end])
             made.positions.extend(range(start, end))
             for index in members:
                 paths[index].extend(run)
         going = [index for index in members if len(fed[index]) > end]
-        todo += [([*part], end, context) for _, part in groupby(going, key=lambda i: fed[i][end])]
+        todo += [([*part], end, parent) for _, part in groupby(going, key=lambda i: fed[i][end])]
     return paths

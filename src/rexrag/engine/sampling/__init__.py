@@ -1,8 +1,16 @@
-"""The local engine: any causal language model that transformers loads, on CPU or CUDA, in this process.
+"""Rollouts and scores by the local engine: many episodes at once, on one key-value cache.
 
-loading.py    configuration -> policy and learner
-policy.py     rollouts and scores
-sampler.py    many episodes at once; draw.py the drawing; cache.py the key-value cache they share
-learner.py    optimizer updates; state.py what they leave on disk
-packing.py    rows side by side without padding; attention.py makes the model's own forward see them so
+| module | what |
+|---|---|
+| `policy` | `LocalPolicy`: opens sessions, scores token sequences |
+| `sampler` | `LocalSession`: runs episodes until they are done |
+| `batch` | which rows take part in the next forward |
+| `rows` | episodes that share a row of the cache |
+| `cache` | the key-value cache, in banks of rows of similar length |
+| `appending` | attention of new tokens to cached ones |
+| `decoder` | a faster forward for Llama-like decoders |
+| `cpu_weights` | weights in the layout of the CPU's matrix kernels |
+| `cuda_graphs` | decode steps captured as CUDA graphs |
+| `speculation` | speculative tokens from n-grams |
+| `token_draw` | random numbers, and tokens drawn with them |
 """

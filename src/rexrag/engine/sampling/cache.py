@@ -1,10 +1,10 @@
-"""Key-value cache of live rows, in banks of similar length.
+"""Key-value cache of rows, in banks of similar length.
 
-A bank holds rows of one capacity: [2, layers, rows, K, capacity, D], its live rows densely in front. A row
-that outgrows its bank moves to the next one, so one long row never makes the others pay: each decode step
-reads, per bank, as much as the bank's own longest row needs (a recorded one, all that it has room for). A
-finished row leaves its bank as a tight copy, from which a probe or another rollout of the same prompt can
-start. A token is copied a few times in its life, and read at every step.
+A bank is one tensor [2, layers, rows, K, capacity, D]; its rows lie densely in its first slots. A row that
+outgrows its bank moves to the next larger one. A decode step therefore reads, per bank, only up to the
+bank's longest row (with CUDA graphs: the whole capacity), and a long row does not slow short ones down. A
+finished row leaves its bank as a copy of its own length, from which a probe or another rollout of the same
+prompt can start.
 
 Shape suffixes: K key-value heads, D head size.
 """
@@ -19,32 +19,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rexrag.engine.attention import Heads, hidden_states
+from rexrag.engine.attention import LayerAttention, hidden_states
 from rexrag.engine.sampling.decoder import fixed_angles
 from rexrag.errors import ModelError
 
 GROWTH = 1.3
-"""Capacity of a bank relative to the one below: bounds what a short row pays for a longer neighbour."""
-GRAIN = 32
-"""Capacities are multiples of this,"""
-RECORDED_GRAIN = 256
-"""or of this where decode steps are recorded, so that they are few."""
+"""Capacity of a bank relative to the next smaller one; bounds the share of a bank that is padding."""
+CAPACITY_STEP = 32
+"""Capacities are multiples of this number of tokens."""
+GRAPH_CAPACITY_STEP = 256
+"""The same with CUDA graphs: there are fewer banks, so fewer graphs."""
 KEPT_BYTES = 2 << 30
-"""Banks without rows stay for their recordings, up to so many bytes in all."""
+"""With CUDA graphs, empty banks are kept up to this many bytes in all, because their graphs read them."""
 
 
 @dataclass(eq=False, slots=True)
-class Row:
-    """One sequence in the cache: its first `length` tokens are there."""
+class CacheRow:
+    """One token sequence, of which the first `length` tokens are in the cache."""
 
     length: int = 0
     bank: Bank[Any] | None = None
     slot: int = -1
     saved: Tensor | None = None
-    """[2, layers, K, length, D] once it has left its bank."""
+    """[2, layers, K, length, D] after the row has left its bank."""
 
 
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=CacheRow)
 
 
 class Bank(Generic[R]):
@@ -53,7 +53,7 @@ class Bank(Generic[R]):
     def __init__(self, shape: CacheShape, capacity: int, room: int) -> None:
         self.shape, self.capacity = shape, capacity
         self.rows: list[R] = []
-        # Zeros, not garbage: a masked position still meets its value, as 0 · value.
+        # Zeros: attention multiplies the value of a masked position by 0, and 0 · NaN is NaN.
         self._allocate(shape.zeros(room, capacity))
 
     def _allocate(self, kv: Tensor) -> None:
@@ -76,7 +76,7 @@ class Bank(Generic[R]):
         self.rows.append(row)
 
     def free(self, slot: int) -> None:
-        """Give a slot back; the last row takes it."""
+        """Remove the row of a slot. The last row moves into it."""
         last = self.rows.pop()
         if slot != len(self.rows):
             self.kv[:, :, slot, :, : last.length] = self.kv[:, :, last.slot, :, : last.length]
@@ -87,13 +87,15 @@ class Bank(Generic[R]):
         return self.kv[:, :, row.slot, :, : row.length]
 
 
-class _Shapes:
-    """A plan that looks at what each layer would cache."""
+class _KeysAndValues:
+    """A plan that keeps each layer's keys and values, to measure their shapes."""
 
     def __init__(self) -> None:
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: LayerAttention
+    ) -> Tensor:
         self.kv[layer] = key, value
         return torch.zeros_like(query).transpose(1, 2)
 
@@ -105,21 +107,21 @@ class CacheShape:
     size: int
     dtype: torch.dtype
     device: torch.device
-    recorded: bool = False
-    """Decode steps are recorded (`recorded.py`) for a bank where it lies: banks are few, and stay."""
+    cuda_graphs: bool = False
+    """Decode steps are captured (`cuda_graphs.py`), for fixed memory: banks are few, and stay."""
 
     @classmethod
     def of(cls, model: nn.Module) -> CacheShape:
-        """Measured on one token. Raises ModelError where layers or keys and values differ in shape."""
-        seen = _Shapes()
+        """Measured by a forward of one token. Raises ModelError where layers, or keys and values, differ."""
+        seen = _KeysAndValues()
         with torch.inference_mode():
             ids = torch.zeros(1, dtype=torch.long, device=next(model.parameters()).device)
             hidden_states(model, ids, ids, seen)
         first = seen.kv[0][0] if sorted(seen.kv) == list(range(len(seen.kv))) and seen.kv else None
         if first is None or any(x.shape != first.shape for pair in seen.kv.values() for x in pair):
             raise ModelError(f"{type(model).__name__}: its layers, or their keys and values, differ in shape")
-        recorded = first.device.type == "cuda" and fixed_angles(model.base_model)
-        return cls(len(seen.kv), first.shape[1], first.shape[3], first.dtype, first.device, recorded)
+        graphs = first.device.type == "cuda" and fixed_angles(model.base_model)
+        return cls(len(seen.kv), first.shape[1], first.shape[3], first.dtype, first.device, graphs)
 
     def tensor(self, values: object) -> Tensor:
         return torch.as_tensor(values, device=self.device)
@@ -128,21 +130,21 @@ class CacheShape:
         shape = (2, self.layers, rows, self.heads, capacity, self.size)
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        # numpy asks for zeroed pages and gets them when they are touched; torch writes every zero at once.
+        # numpy asks the system for zeroed pages, which it gets on first use; torch writes every zero.
         size = math.prod(shape) * self.dtype.itemsize
         return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(self.dtype).view(shape)
 
 
 class Cache(Generic[R]):
-    """All banks of a session."""
+    """All banks of a session, by capacity."""
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape
         self.banks: dict[int, Bank[R]] = {}
 
     @property
-    def live(self) -> int:
-        """Rows in banks."""
+    def row_count(self) -> int:
+        """Rows in all banks."""
         return sum(len(bank.rows) for bank in self.banks.values())
 
     def reserve(self, row: R, length: int, expected: int = 0) -> None:
@@ -153,10 +155,10 @@ class Cache(Generic[R]):
         old = row.bank
         if old is not None and old.capacity >= length:
             return
-        capacity = capacity_for(length, RECORDED_GRAIN if self.shape.recorded else GRAIN)
+        capacity = capacity_for(length, GRAPH_CAPACITY_STEP if self.shape.cuda_graphs else CAPACITY_STEP)
         bank = self.banks.get(capacity)
         if bank is None:
-            # Rows of a step grow together: where one outgrows its bank, the others are about to.
+            # The rows of a step grow alike: when one outgrows its bank, the others will soon.
             room = max(8, expected, len(old.rows) if old is not None else 0)
             bank = self.banks[capacity] = Bank(self.shape, capacity, room)
         if old is None:
@@ -168,7 +170,7 @@ class Cache(Generic[R]):
         self._free(old, slot)
 
     def restore(self, row: R, source: R, length: int, expected: int = 0) -> None:
-        """Copy the first `length` tokens of another row, live or saved, into this new one."""
+        """Copy the first `length` tokens of another row, in a bank or saved, into this new row."""
         self.reserve(row, length, expected)
         kept = source.saved if source.bank is None else source.bank.view(source)
         assert kept is not None and row.bank is not None
@@ -176,7 +178,7 @@ class Cache(Generic[R]):
         row.bank.view(row).copy_(kept[..., :length, :])
 
     def save(self, row: R) -> None:
-        """Take a row out of its bank, as a tight copy."""
+        """Take a row out of its bank and keep a copy of its own length."""
         if row.bank is not None:
             row.saved = row.bank.view(row).clone()
             self._free(row.bank, row.slot)
@@ -185,11 +187,11 @@ class Cache(Generic[R]):
     def _free(self, bank: Bank[R], slot: int) -> None:
         bank.free(slot)
         empty = sum(other.kv.nbytes for other in self.banks.values() if not other.rows)
-        if not bank.rows and not (self.shape.recorded and empty <= KEPT_BYTES):
+        if not bank.rows and not (self.shape.cuda_graphs and empty <= KEPT_BYTES):
             del self.banks[bank.capacity]
 
 
-def capacity_for(length: int, grain: int = GRAIN) -> int:
+def capacity_for(length: int, grain: int = CAPACITY_STEP) -> int:
     """The smallest bank capacity that holds `length` tokens."""
     capacity = 2 * grain
     while capacity < length:

@@ -1,8 +1,8 @@
-"""Weights in the layout that the CPU's matrix kernels read fastest, for as long as they do not change.
+"""Copies of CPU weights in the layout that the matrix kernels read fastest.
 
-A product of few rows with a weight spends much of its time on bringing the weight into that layout. A session
-multiplies by the same weights thousands of times, so it keeps copies that are there already: in the kernels'
-own layout, or, where a weight is so small that calling those kernels is what takes time, transposed.
+A product of few rows spends much of its time on reordering the weight. A session multiplies by the same
+weights thousands of times, so it keeps reordered copies: in oneDNN's own blocked layout, or transposed for a
+weight so small that the call of a oneDNN kernel would dominate.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 COPIED_BYTES = 4 << 30
-"""Copies that a session may hold; a larger model goes without."""
+"""Most memory for copies; a larger model runs on its own weights."""
 SMALL = 1 << 18
-"""Values of a weight below which the kernels' own layout costs more per product than it saves."""
+"""A weight with fewer values is transposed; the blocked layout would cost more than it saves."""
 
 Product = Callable[..., Tensor]
 """(x [N, in], plus [N, out] or None) -> x · weightᵀ + bias + plus [N, out]."""
 
 
-class Repacked:
-    """Copies of a module's float32 linear layers on the CPU. Stale once the weights change."""
+class CpuWeights:
+    """Copies of the weights of a module's float32 linear layers. Not valid after the weights change."""
 
     def __init__(self, module: nn.Module) -> None:
         layers = [
@@ -36,7 +36,7 @@ class Repacked:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Inside, these layers multiply by the copies."""
+        """Context in which the linear layers multiply by the copies."""
         for layer, forward in self._forwards:
             layer.forward = forward  # type: ignore[method-assign]
         try:
@@ -51,7 +51,7 @@ class Repacked:
 
 
 def product(weight: Tensor, bias: Tensor | None) -> Product:
-    """A product with weight [out, in], which is copied where another layout is faster."""
+    """A product with weight [out, in], on a copy of it where another layout is faster."""
     weight = weight.detach()
     if not _has_layout(weight):
         return partial(_plain, weight, bias)

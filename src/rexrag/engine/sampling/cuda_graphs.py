@@ -1,11 +1,11 @@
-"""Decode steps as recorded graphs, for a GPU: one launch, where Python would start every operation by itself.
+"""Decode steps as CUDA graphs: one launch for all operations of a step.
 
-A step that appends one token to every row of a bank is the same operations on the same memory each time, as
-long as the bank stays where it is. It is recorded for a power of two of rows (or all that the bank has room
-for) and the bank's whole capacity, and then replayed with other tokens. Slots without a token compute too,
-and what they write lies past the end of their row. Prompts, evidence and cues run as they are.
+A step that appends one token to every row of a bank runs the same operations on the same memory each time,
+as long as the bank is not reallocated. It is captured for a power of two of rows (at most the bank's slots)
+and the bank's whole capacity, and replayed with other tokens. Slots without a token take part; what they
+write lies past the end of their row. Prompts, evidence and cues run without a graph.
 
-On a CPU nothing is recorded, and the same step runs operation by operation: for tests of who writes where.
+On a CPU there are no graphs: the same step runs operation by operation, which the tests use.
 """
 
 from __future__ import annotations
@@ -22,54 +22,54 @@ from torch import Tensor
 
 from rexrag.engine.sampling.appending import CachedPlan, Group
 from rexrag.engine.sampling.cache import Bank
-from rexrag.engine.sampling.decoder import Fused
+from rexrag.engine.sampling.decoder import FusedDecoder
 
 Forward = Callable[[Tensor, Tensor, CachedPlan], Tensor]
 """(ids, positions, plan) -> last hidden state of each packed token: long [N], long [N] -> [N, hidden]."""
 Replay = Callable[[], Tensor]
-"""-> hidden states [rows, hidden], in memory that the next replay overwrites."""
+"""() -> hidden states [rows, hidden], in memory that the next replay overwrites."""
 log = logging.getLogger(__name__)
 LEAST_ROWS = 8
-"""Rows of the smallest recording."""
+"""Rows of the smallest graph."""
 
 
 class CaptureError(RuntimeError):
-    """A step could not be recorded, though it ran."""
+    """A decode step ran, but could not be captured."""
 
 
 @dataclass(slots=True)
-class Recording:
+class CapturedStep:
     """One decode step of a bank's first slots, and the memory that it reads."""
 
     ids: Tensor
-    """Token to append in each slot, long [rows]."""
+    """Token to append in each slot: long [rows]."""
     positions: Tensor
-    """Where it goes, long [rows]."""
+    """Position of that token in its row: long [rows]."""
     replay: Replay | None = None
 
 
-class Recorded:
-    """A forward whose decode steps are recorded. Stale once the weights change."""
+class CudaGraphs:
+    """A forward whose decode steps are captured. Not valid after the weights change."""
 
     def __init__(self, forward: Forward) -> None:
-        """forward: a `Fused` decoder, or a model's own, which must not wait for the device."""
+        """forward: a `FusedDecoder`, or a model's own forward that never waits for the device."""
         self._forward = self._run = forward
         self._prepare: Callable[[int], Any] = lambda _: None
-        if isinstance(forward, Fused):
+        if isinstance(forward, FusedDecoder):
             self._run, self._prepare = forward.run, forward.tabulate
-        self._steps: WeakKeyDictionary[Bank[Any], dict[tuple[int, int], Recording]] = WeakKeyDictionary()
+        self._steps: WeakKeyDictionary[Bank[Any], dict[tuple[int, int], CapturedStep]] = WeakKeyDictionary()
         self._pool: Any = None
         self._failed = False
 
     def __call__(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor:
-        """See `Forward`. Groups of single tokens come first in the plan."""
+        """See `Forward`. The plan begins with the groups that append single tokens."""
         if not self._failed:
             try:
                 return self._call(ids, positions, plan)
             except CaptureError as error:
                 self._failed = True
                 self._steps.clear()
-                log.warning("decode steps are not recorded, and so slower: %s", error)
+                log.warning("decode steps run without CUDA graphs, and so slower: %s", error)
         return self._forward(ids, positions, plan)
 
     def _call(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor:
@@ -85,27 +85,27 @@ class Recorded:
     def _step(self, group: Group, ids: Tensor) -> Tensor:
         """Append one token to each row of a group.
 
-        The other live rows have tokens pending, for which their bank has room: garbage goes where the first
-        of these will.
+        The step writes into every row of the bank. Each of the other rows has pending tokens and room for
+        them: what is written there lies where its first pending token will go.
         """
         bank = group.bank
-        live = len(bank.rows)
+        count = len(bank.rows)
         known = self._steps.setdefault(bank, {})
-        key = bank.room, min(_rows(live), bank.room)
+        key = bank.room, min(_graph_rows(count), bank.room)
         if key not in known:
             for other in [other for other in known if other[0] != bank.room]:
-                del known[other]  # a bank that grew lies elsewhere
-            known[key] = Recording(*torch.zeros(2, key[1], dtype=torch.long, device=ids.device))
-        recording = known[key]
-        slots = slice(live) if group.slots is None else group.slots
-        recording.ids[slots] = ids
-        recording.positions[:live] = bank.shape.tensor([row.length for row in bank.rows])
-        if recording.replay is None:
-            recording.replay = self._record(bank, recording.ids, recording.positions)
-        return recording.replay()[slots].clone()
+                del known[other]  # a bank that grew was reallocated
+            known[key] = CapturedStep(*torch.zeros(2, key[1], dtype=torch.long, device=ids.device))
+        captured = known[key]
+        slots = slice(count) if group.slots is None else group.slots
+        captured.ids[slots] = ids
+        captured.positions[:count] = bank.shape.tensor([row.length for row in bank.rows])
+        if captured.replay is None:
+            captured.replay = self._prepare_step(bank, captured.ids, captured.positions)
+        return captured.replay()[slots].clone()
 
-    def _record(self, bank: Bank[Any], ids: Tensor, positions: Tensor) -> Replay:
-        """Record the step that the buffers hold, which is taken on the way, more than once."""
+    def _prepare_step(self, bank: Bank[Any], ids: Tensor, positions: Tensor) -> Replay:
+        """The decode step on these buffers, captured on a GPU. Capturing runs the step, which is harmless."""
         heads, capacity, rows = bank.shape.heads, bank.capacity, len(ids)
         tables = self._prepare(capacity)
         firsts = torch.arange(rows * heads, device=ids.device).view(rows, heads) * capacity
@@ -128,14 +128,14 @@ class Recorded:
         return self._capture(step, ids.device, keep=(ids, positions, firsts, tables))
 
     def _capture(self, step: Replay, device: torch.device, keep: Sequence[Any]) -> Replay:
-        """A replay of `step`. Raises CaptureError.
+        """`step` as a CUDA graph. Raises CaptureError.
 
-        keep: what the step reads, beside weights and caches.
+        keep: tensors that the step reads, beside weights and caches; the graph keeps them alive.
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         current, stream = torch.cuda.current_stream(device), _stream(device)
-        # The libraries set themselves up in a first run, on the stream that is recorded.
+        # CUDA libraries initialise in a first run, which must be on the stream of the capture.
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             step()
@@ -145,7 +145,7 @@ class Recorded:
             with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 hidden = step()
         except RuntimeError as error:
-            torch.cuda.set_stream(current)  # a failed capture leaves its own
+            torch.cuda.set_stream(current)  # a failed capture does not restore it
             raise CaptureError(str(error).splitlines()[0]) from None
 
         def replay(kept: Sequence[Any] = keep) -> Tensor:
@@ -157,10 +157,10 @@ class Recorded:
 
 @cache
 def _stream(device: torch.device) -> Any:
-    """One for all recordings: memory between operations, and the libraries' own, belong to a stream."""
+    """One stream for all captures: workspaces of CUDA libraries belong to a stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _rows(live: int) -> int:
-    """Rows of the recording that serves `live` of them."""
-    return max(LEAST_ROWS, 1 << (live - 1).bit_length())
+def _graph_rows(count: int) -> int:
+    """Rows of the graph that serves `count` rows: the next power of two."""
+    return max(LEAST_ROWS, 1 << (count - 1).bit_length())

@@ -1,9 +1,9 @@
-"""The forward of a Llama-like decoder for sampling: the model's own numbers in fewer operations.
+"""A forward of Llama-like decoders for sampling: the same hidden states from fewer operations.
 
-In a decode step of a few rows, calling an operation takes longer than what it computes. Here queries, keys
-and values are one product, gate and up another; a product adds the residual; the rotary embedding is three
-operations on tables. It serves the families named here, after a look at the model's parts and at whether the
-hidden states are its own (`heads_of`). Others run their own forward.
+In a decode step of a few rows, the call of an operation takes longer than its arithmetic. Here queries, keys
+and values are one matrix product, gate and up projections another; the residual is added by the product; the
+rotary embedding is three operations on tables. `layer_attention` compares the hidden states with the model's
+own forward; a model of another family, or with other hidden states, runs its own forward.
 
 Shape suffixes: N packed tokens, H query heads, K key-value heads, D head size.
 """
@@ -16,36 +16,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rexrag.engine.attention import Heads, PackedPlan, Plan, Segment, hidden_states
+from rexrag.engine.attention import AttentionPlan, LayerAttention, PackedPlan, PrefixNode, hidden_states
 from rexrag.engine.sampling.cpu_weights import COPIED_BYTES, Product, product
 
 FAMILIES = ("llama", "mistral", "qwen2")
-"""Model types (`config.model_type`) whose decoder this is."""
+"""Model types (`config.model_type`) that the fused decoder serves."""
 ROPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose angles depend on nothing but the position."""
+"""Rotary embeddings whose angles depend on the position only."""
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Median distance from a model's own hidden states, relative to their length; rounding can grow in a few."""
+"""Largest median distance from the model's own hidden states, relative to their norm.
+
+The median, because rounding errors can grow large in a few tokens."""
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-class Fused:
-    """A decoder on merged copies of its weights. Stale once the weights change."""
+class FusedDecoder:
+    """A decoder on merged copies of its weights. Not valid after the weights change."""
 
-    def __init__(self, body: Any, heads: Sequence[Heads]) -> None:
-        """body: a causal language model's `base_model`. Raises as `_check` does for one of another kind."""
+    def __init__(self, body: Any, settings: Sequence[LayerAttention]) -> None:
+        """body: a causal language model's `base_model`. Raises ValueError, AttributeError: see `_check`."""
         self._body = body
         _check(body)
-        self._layers = [_Layer(layer, h) for layer, h in zip(body.layers, heads, strict=True)]
+        self._layers = [_Layer(layer, h) for layer, h in zip(body.layers, settings, strict=True)]
         self._tables: tuple[Tensor, Tensor] = (body.norm.weight.new_zeros(0, 0),) * 2
 
-    def __call__(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
         """Last hidden state of each packed token: ids, positions long [N] -> [N, hidden]."""
         self.tabulate(int(positions.max()) + 1)
         return self.run(ids, positions, plan)
 
-    def run(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        """The same for positions that `tabulate` was told of; waits for nothing on the device."""
+    def run(self, ids: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
+        """The same without waiting for the device. `tabulate` must have been called for these positions."""
         turning = self._layers[0].turning // self._layers[0].size
         cos, sin = (x.index_select(0, positions).repeat(1, turning) for x in self._tables)
         x = self._body.embed_tokens(ids)
@@ -66,28 +68,28 @@ class Fused:
 class _Layer:
     """One decoder layer: attention, then gate, up and down, each after its norm and beside a residual."""
 
-    def __init__(self, layer: Any, heads: Heads) -> None:
+    def __init__(self, layer: Any, settings: LayerAttention) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.heads, self.size = heads, int(attention.head_dim)
+        self.settings, self.size = settings, int(attention.head_dim)
         self.queries = attention.q_proj.out_features
         self.turning = self.queries + attention.k_proj.out_features
-        """Columns of queries and keys, the ones that rotary embedding turns; those of values follow."""
+        """Columns of queries and keys, which the rotary embedding turns; those of values follow."""
         columns = torch.arange(self.turning, device=attention.q_proj.weight.device)
         self.swap = columns.view(-1, 2, self.size // 2).flip(1).reshape(-1)
-        """Where each column finds its partner, half a head away."""
+        """The column that each column is rotated with: half a head away."""
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = _merged(attention.o_proj)
         self.gate_up, self.down = _merged(mlp.gate_proj, mlp.up_proj), _merged(mlp.down_proj)
         self.act = mlp.act_fn
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, index: int) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, index: int) -> Tensor:
         n = len(x)
         y = self.qkv(_norm(self.norms[0], x))
         turned = (y[:, : self.turning] * cos).addcmul_(y.index_select(1, self.swap), sin)
         parts = turned[:, : self.queries], turned[:, self.queries :], y[:, self.turning :]
         query, key, value = (part.view(n, -1, self.size).transpose(0, 1)[None] for part in parts)
-        attended = plan.attend(index, query, key, value, self.heads)
+        attended = plan.attend(index, query, key, value, self.settings)
         x = self.out(attended.reshape(n, -1), x)
         gate, up = self.gate_up(_norm(self.norms[1], x)).chunk(2, dim=-1)
         return self.down(self.act(gate).mul_(up), x)
@@ -98,7 +100,7 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def _merged(*linears: nn.Linear) -> Product:
-    """One product for several layers of the same input."""
+    """One matrix product for several linear layers of the same input."""
     if len(linears) == 1:
         return product(linears[0].weight, linears[0].bias)
     biases = [layer.bias.detach() for layer in linears if layer.bias is not None]
@@ -109,12 +111,12 @@ def _merged(*linears: nn.Linear) -> Product:
 
 
 def fixed_angles(body: Any) -> bool:
-    """Whether rotary angles depend on nothing but the position: others look at what the device computed."""
+    """Whether rotary angles depend on the position only. Others wait for a value from the device."""
     return getattr(getattr(body, "rotary_emb", None), "rope_type", None) in ROPES
 
 
 def _check(body: Any) -> None:
-    """Raises ValueError for what `Fused` would get wrong, AttributeError for a part that is missing."""
+    """Raises ValueError for a model that is not served, AttributeError for a part that is missing."""
     if body.config.model_type not in FAMILIES or not fixed_angles(body):
         raise ValueError("another family, or angles that depend on more than the position")
     linears = [getattr(layer.self_attn, name) for layer in body.layers for name in _ATTENTION]
@@ -124,36 +126,38 @@ def _check(body: Any) -> None:
     known = {id(parameter) for part in parts for parameter in part.parameters()}
     if any(id(p) not in known for p in body.parameters()) or any(type(x) is not nn.Linear for x in linears):
         raise ValueError("other parts")
-    # The embedding stands for the head, of the same size, of which the sampler keeps a copy too.
+    # The sampler also copies the head, which has the size of the embedding.
     if sum(part.weight.nbytes for part in (*linears, body.embed_tokens)) > COPIED_BYTES:
         raise ValueError("too large to copy")
 
 
-class _Seen(PackedPlan):
-    """Notes what the layers say of their attention."""
+class _Observer(PackedPlan):
+    """A plan that keeps the attention settings of each layer."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(self, segments: Sequence[PrefixNode]) -> None:
         super().__init__(segments)
-        self.heads: dict[int, Heads] = {}
+        self.settings: dict[int, LayerAttention] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
-        self.heads[layer] = heads
-        return super().attend(layer, query, key, value, heads)
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: LayerAttention
+    ) -> Tensor:
+        self.settings[layer] = settings
+        return super().attend(layer, query, key, value, settings)
 
 
 @torch.inference_mode()
-def heads_of(model: Any) -> list[Heads] | None:
-    """How each layer attends, for `Fused`; None where that does not give the model's own hidden states."""
+def layer_attention(model: Any) -> list[LayerAttention] | None:
+    """Attention settings of each layer, for `FusedDecoder`; None where the model must run its own forward."""
     body, device = model.base_model, model.device
     ids = torch.arange(24, device=device) * 7 % model.get_input_embeddings().num_embeddings
     positions = torch.cat([torch.arange(start, start + 12, device=device) for start in (0, 40)])
-    plan = _Seen([Segment(12), Segment(12)])
+    plan = _Observer([PrefixNode(12), PrefixNode(12)])
     try:
         _check(body)
         own = hidden_states(model, ids, positions, plan).float()
-        heads = [plan.heads[layer] for layer in sorted(plan.heads)]
-        fused = Fused(body, heads)(ids, positions, plan).float()
+        settings = [plan.settings[layer] for layer in sorted(plan.settings)]
+        fused = FusedDecoder(body, settings)(ids, positions, plan).float()
     except (AttributeError, ValueError):
         return None
     far = torch.linalg.vector_norm(fused - own, dim=-1) / torch.linalg.vector_norm(own, dim=-1)
-    return heads if bool(far.median() <= TOLERANCE[model.dtype]) else None
+    return settings if bool(far.median() <= TOLERANCE[model.dtype]) else None

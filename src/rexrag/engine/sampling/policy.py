@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from rexrag.agent.episode import Codec
-from rexrag.engine.attention import Heads
+from rexrag.engine.attention import LayerAttention
 from rexrag.engine.learning.packing import TokenRow, pack_rows
 from rexrag.engine.sampling.cache import CacheShape
-from rexrag.engine.sampling.decoder import heads_of
+from rexrag.engine.sampling.decoder import layer_attention
 from rexrag.engine.sampling.sampler import SAVED_BYTES, LocalSession
 
 SCORE_TOKENS = 8192
@@ -21,15 +21,15 @@ SCORE_TOKENS = 8192
 
 
 class LocalPolicy:
-    """See `engine.base.Policy`. `model` has packed attention (`loading.load_model` sees to it).
+    """See `engine.base.Policy`. `model` has packed attention, as `loading.load_model` returns it.
 
-    A policy built around the learner's own model sees every update at once.
+    A policy on the learner's own model uses the updated weights at once.
     """
 
     def __init__(
         self, model: nn.Module, codec: Codec, saved_bytes: int = SAVED_BYTES, autocast: bool = False
     ) -> None:
-        """autocast: `score` under bfloat16 autocast, as a learner with autocast sees the rows."""
+        """autocast: `score` under bfloat16 autocast, as a learner with autocast does."""
         self.model = model.eval()
         self._autocast = autocast
         self._codec = codec
@@ -42,21 +42,21 @@ class LocalPolicy:
 
     @property
     def window(self) -> int | None:
-        """Positions that the model was made for; None where its configuration does not say."""
+        """Positions that the model was trained for; None where its configuration does not say."""
         model: Any = self.model
         config = model.config.get_text_config()
         window = getattr(config, "max_position_embeddings", None)
         rope = getattr(config, "rope_parameters", None) or {}
         if not window or window < 0 or rope.get("rope_type", "default") != "default":
-            return None  # scaled positions reach further, each kind by a rule of its own
+            return None  # scaled rotary positions reach further, by a rule that differs by kind
         return int(window)
 
     @cached_property
-    def _heads(self) -> list[Heads] | None:
-        return heads_of(self.model)
+    def _settings(self) -> list[LayerAttention] | None:
+        return layer_attention(self.model)
 
     def session(self) -> LocalSession:
-        return LocalSession(self.model, self._shape, self._heads, self._saved_bytes)
+        return LocalSession(self.model, self._shape, self._settings, self._saved_bytes)
 
     @torch.no_grad()
     def score(self, rows: Sequence[TokenRow], temperature: float) -> list[Tensor]:

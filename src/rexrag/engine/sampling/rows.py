@@ -1,4 +1,4 @@
-"""Episodes under way: those that are the same so far share a row of the cache."""
+"""Rows of the cache and the episodes that share them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rexrag.agent.episode import Episode, State
-from rexrag.engine.sampling.cache import Row
+from rexrag.engine.sampling.cache import CacheRow
 from rexrag.engine.sampling.speculation import ORDER
 
 
@@ -18,23 +18,24 @@ class Member(NamedTuple):
 
 
 @dataclass(eq=False, slots=True)
-class LiveRow(Row):
-    """Episodes that are the same so far, with their cache and the tokens to append next."""
+class EpisodeRow(CacheRow):
+    """Episodes whose tokens are equal so far: their cache, and the tokens to append next."""
 
     members: list[Member] = field(kw_only=True)
     pending: list[int] = field(default_factory=list)
+    """Tokens that the next forward appends."""
     sampled: bool = False
-    """`pending` begins with a token that was sampled."""
-    drafted: list[int] = field(default_factory=list)
-    """The last pending tokens, which nobody has said yet."""
+    """The first pending token was sampled."""
+    speculative: list[int] = field(default_factory=list)
+    """The last pending tokens, proposed by `speculation.NGrams` and not drawn yet."""
     cue: int = 0
-    """The last `cue` pending tokens are a cue whose log-probs the episodes wait for."""
+    """The last `cue` pending tokens are a cue whose log-probs the episodes need."""
     waiting: bool = False
-    """It waits for documents."""
+    """The row waits for documents."""
 
     @property
     def episode(self) -> Episode:
-        """One that stands for all."""
+        """Any of the members: their tokens are equal."""
         return self.members[0].episode
 
     @property
@@ -43,18 +44,18 @@ class LiveRow(Row):
 
     @property
     def tail(self) -> list[int]:
-        """The last few tokens that were said or read."""
+        """The last `ORDER` tokens of prompt and response."""
         tokens = self.episode.tokens[-ORDER:]
         missing = ORDER - len(tokens)
         return [*self.episode.prompt[-missing:], *tokens] if missing else tokens
 
 
-Wish = tuple[object, ...]
-SAMPLING: Wish = (State.SAMPLE,)
+ShareKey = tuple[object, ...]
+SAMPLING: ShareKey = (State.SAMPLE,)
 
 
-def wish(episode: Episode) -> Wish:
-    """What an episode waits for: those that have said the same and wait for the same can go on as one."""
+def share_key(episode: Episode) -> ShareKey:
+    """What happens next in an episode. Episodes with equal tokens and `share_key` share a cache row."""
     if episode.state is State.SAMPLE:
         return SAMPLING
     return episode.state, episode.forced, episode.forced_origin, episode.query, episode.topk

@@ -1,7 +1,7 @@
-"""Drawing tokens: one uniform number for each (seed, row, position), and the inverse of the distribution.
+"""Token draws by inverse transform sampling, with one uniform number for each (seed, row, position).
 
-The numbers come from a counter-based hash (the SplitMix64 finaliser, Steele, Lea & Flood 2014), so that they
-depend on nothing but a row's own key and position, on any device.
+The numbers come from a counter-based hash (the SplitMix64 finaliser, Steele, Lea & Flood 2014). They depend
+on nothing but a row's own key and position, on any device.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def streams(seed: int, salts: Sequence[int]) -> list[int]:
-    """A key for each place 0 … n−1 under a seed; `salts[i]` tells apart streams of the same place."""
-    state = _mix(np.full(len(salts), seed % 2**64, dtype=np.uint64) + _GOLDEN)
+    """A key of random numbers for each place 0 … n−1 under a seed; another `salts[i]` is another stream."""
+    mixed = _mix(np.full(len(salts), seed % 2**64, dtype=np.uint64) + _GOLDEN)
     for part in (np.arange(len(salts)), np.array(salts)):
-        state = _mix(state + (part.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
-    keys: list[int] = state.tolist()
+        mixed = _mix(mixed + (part.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    keys: list[int] = mixed.tolist()
     return keys
 
 
 def uniforms(keys: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """A number in [0, 1) with 53 random bits for each key at its position."""
+    """A number in [0, 1) with 53 random bits for each (key, position) pair: float64 [M]."""
     at = (np.array(positions, dtype=np.uint64) + np.uint64(1)) * _GOLDEN
     bits = _mix(np.array(keys, dtype=np.uint64) + at) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53
 
 
-def draw(
+def draw_tokens(
     head: nn.Module, hidden: Tensor, temperature: float, uniform: Tensor, counts: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
     """hidden [R, hidden], uniform float64 [M] -> token ids long [M], natural log-probs float32 [M].
 
-    counts: how many of the M draws, in order, are from each of the R distributions; one each by default.
+    counts: how many of the M draws, in order, come from each of the R distributions; default one each.
     Temperature 0 takes the likeliest token and reports its log-prob at temperature 1.
     """
     size = max(1, CHUNK_LOGITS // int(head.out_features))  # type: ignore[arg-type]
@@ -72,10 +72,10 @@ def _draw(logits: Tensor, temperature: float, uniform: Tensor, row: Tensor) -> t
 
 
 def invert(probs: Tensor, uniform: Tensor, row: Tensor) -> Tensor:
-    """The outcome [M, 1] at which distribution function `row` [M] of [R, V] passes `uniform` [M, 1].
+    """Inverse of the distribution function: probs [R, V], uniform [M, 1], row long [M] -> outcome [M, 1].
 
-    In two levels, blocks and then one block's outcomes, because a running sum over a large vocabulary is
-    slow; in float64, because rounding would shift mass between rare tokens.
+    First the block is found, then the outcome in it, because a running sum over a large vocabulary is slow.
+    Sums are in float64, because rounding would shift mass between rare tokens.
     """
     short = -probs.shape[1] % BLOCK
     blocks = (nn.functional.pad(probs, (0, short)) if short else probs).view(len(probs), -1, BLOCK)
@@ -91,7 +91,7 @@ def find(mass: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     """Where the running sum of `mass` [M, W] passes `point` [M, 1]: index and sum before it, [M, 1]."""
     reached = mass.cumsum(dim=-1)
     total = reached[:, -1:]
-    # In [0, total), so that an outcome without mass is never found.
+    # Clamped to [0, total), so that an outcome of probability 0 is never drawn.
     point = torch.minimum(point.clamp(min=0.0), torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(reached, point, right=True).clamp_(max=mass.shape[1] - 1)
     return index, reached.gather(1, index) - mass.gather(1, index)
