@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from rexrag.config.presets import resolve
 from rexrag.config.algorithms import Grpo
+from rexrag.config.presets import resolve
 from rexrag.engine.attention import use_packed_attention
 from rexrag.engine.learning.learner import LocalLearner
 from rexrag.engine.loading import load_engine

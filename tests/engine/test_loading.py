@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rexrag.agent.episode import State
-from rexrag.config.files import parse_config
 from rexrag.config.algorithms import Grpo
+from rexrag.config.files import parse_config
 from rexrag.config.schema import PolicyConfig
 from rexrag.engine.loading import (
     choose_trained,

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rexrag.config.files import dump_toml, parse_config
 from rexrag.config.algorithms import Grpo
+from rexrag.config.files import dump_toml, parse_config
 from rexrag.config.schema import PolicyConfig
 from rexrag.engine import lora
 from rexrag.engine.loading import identity, load_engine, load_policy, resolve

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from itertools import pairwise
 from types import UnionType
@@ -143,9 +144,10 @@ def _meanings(model: type[BaseModel]) -> dict[str, str]:
         assert isinstance(body[0], ast.ClassDef)
         statements = body[0].body
         for field, text in pairwise(statements):
-            named = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            if named and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[field.target.id] = " ".join(str(text.value.value).split())  # type: ignore[union-attr]
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[field.target.id] = " ".join(str(text.value.value).split())
     return found
 
 
@@ -165,7 +167,7 @@ def _kind(annotation: Any) -> str:
     plain = {str: "text", int: "whole number", float: "number", bool: "true | false"}
     if annotation in plain:
         return plain[annotation]
-    if isinstance(annotation, type) and hasattr(annotation, "__members__"):
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
         return " | ".join(f'"{member.value}"' for member in annotation)
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", str(annotation))
 

@@ -78,6 +78,9 @@ def upgrade(tree: Mapping[str, Any], where: str, strict: bool = True) -> dict[st
             if key in method and isinstance(new.setdefault(table, {}), dict):
                 new[table].setdefault(leaf, method.pop(key))
         new["algorithm"] = algorithm_of(method, where, strict)
+        policy = new.setdefault("policy", {})
+        if isinstance(policy, dict) and not {"precision", "dtype", "autocast"} & set(policy):
+            policy["precision"] = "float32"  # what it was where nothing was said
         say_once(f'{where}: [method] is read as [algorithm] name = "{new["algorithm"]["name"]}"')
     algorithm = new.get("algorithm", {})
     if isinstance(algorithm, dict) and new.get("arm") == algorithm.get("name", DEFAULT_ALGORITHM):

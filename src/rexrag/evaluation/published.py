@@ -1,4 +1,4 @@
-"""The numbers that the paper publishes, and whether an evaluation may stand beside them (docs/guides/evaluation.md).
+"""The published numbers, and whether an evaluation may stand beside them (docs/guides/evaluation.md).
 
 Exact match in percent, of REX-RAG (arXiv 2508.08149) and of Search-R1 trained with GRPO (arXiv 2503.09516, as
 quoted by the former), on Qwen2.5. Which model was evaluated is the reader's to judge; here the set-up is.

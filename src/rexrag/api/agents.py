@@ -1,0 +1,87 @@
+"""An agent from Python: `load_agent(...).ask(question)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rexrag.config.schema import Config
+from rexrag.evaluation.ask import Answer, ask
+from rexrag.evaluation.policies import AgentParts, EndpointOptions, load_agent_parts
+from rexrag.retrieval.plugin import checked_retriever
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """A policy that is loaded, with what it searches and the settings it was trained under.
+
+    Usable as a context manager, which closes the connection to an endpoint.
+    """
+
+    parts: AgentParts
+    source: str
+
+    @property
+    def config(self) -> Config:
+        return self.parts.config
+
+    def ask(
+        self,
+        question: str,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer one question; temperature 0 is greedy. on_text: gets the response while it is written.
+
+        Raises RexragError with one line.
+
+        >>> agent.ask("Who is married to Clara Nyberg?").answer      # doctest: +SKIP
+        """
+        parts = self.parts
+        return ask(parts.policy, question, parts.retriever, parts.config, temperature, seed, on_text)
+
+    def close(self) -> None:
+        """Give back what an endpoint holds open."""
+        self.parts.close()
+
+    def __enter__(self) -> Agent:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_agent(
+    source: str | Path,
+    *,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    retriever: Any = None,
+    allow_plugins: bool = False,
+    **endpoint: Any,
+) -> Agent:
+    """Load a run folder, a checkpoint, a model folder, a hub id, `tiny-hard`, or an endpoint's URL.
+
+    config: a TOML file or the name of a shipped one; None takes the run's own. overrides: `"agent.topk=3"`.
+    retriever: an object with `search(queries, topk)`, instead of the configured one. allow_plugins: import
+    plug-ins that a run folder names. endpoint: `model`, `tokenizer`, `concurrency`, `timeout`, `retries`.
+    Raises RexragError with one line.
+
+    >>> agent = rexrag.load_agent("runs/quickstart")      # doctest: +SKIP
+    """
+    parts = load_agent_parts(
+        str(source),
+        None if config is None else str(config),
+        overrides,
+        retriever=None if retriever is None else checked_retriever(retriever),
+        endpoint=EndpointOptions(**endpoint) if endpoint else None,
+        allow_plugins=allow_plugins,
+    )
+    return Agent(parts, str(source))
