@@ -7,13 +7,14 @@ import rexrag
 
 ROOT = Path(rexrag.__file__).parent
 LAYERS = (
-    {"types", "errors", "io", "http", "stats"},
+    {"types", "errors", "io", "http", "stats", "plugins"},
     {"config"},
     {"method", "agent", "data", "retrieval"},
     {"theory", "engine"},
     {"training"},
     {"verl", "evaluation", "experiments"},
     {"report"},
+    {"api"},
     {"cli", "__main__"},
 )
 """From the ground up: a module imports from its own layer and from those below it."""
@@ -42,17 +43,13 @@ def test_imports_go_one_way():
         for module in imports(path)
         if layer(module) > layer(here)
     ]
-    assert [line for line in wrong if line not in UP] == [], "\n".join(wrong)
-
-
-UP = {"training/loop.py imports verl.launch"}
-"""Imports that run up still."""
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_method_needs_nothing_but_torch_and_types():
     allowed = {"torch", "rexrag", "__future__", "math", "typing", "dataclasses", "collections", "itertools"}
-    allowed |= {"hashlib", "json", "argparse"}
-    for path in [*(ROOT / "method").glob("*.py"), *(ROOT / "theory").glob("*.py")]:
+    allowed |= {"hashlib", "json", "argparse", "sys"}
+    for path in [*(ROOT / "method").rglob("*.py"), *(ROOT / "theory").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [a.name for a in node.names] if isinstance(node, ast.Import) else []

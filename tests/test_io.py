@@ -182,3 +182,13 @@ def test_what_cannot_be_written_is_named_before_and_after(tmp_path: Path) -> Non
             assert ".tmp" not in str(caught.value)
     io.check_writable(tmp_path / "new" / "out")
     assert left_over(tmp_path) == ["file", "new"] and left_over(tmp_path / "new") == []
+
+
+def test_a_line_is_said_once_and_never_controls_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(io, "_SAID", set())
+    for line in ("a is now b", "a is now b", "\x1b[2Jc"):
+        io.say_once(line)
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "rexrag: a is now b\nrexrag: \ufffd[2Jc\n")

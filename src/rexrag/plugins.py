@@ -40,7 +40,8 @@ def load_plugin(name: str, key: str, parameters: int = 0, known: Collection[str]
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise PluginError(f"{key} = '{name}': cannot be imported: {type(error).__name__}: {error}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PluginError(f"{key} = '{name}': cannot be imported: {reason}") from None
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -51,6 +52,12 @@ def load_plugin(name: str, key: str, parameters: int = 0, known: Collection[str]
     if parameters:
         require_parameters(found, parameters, f"{key} = '{name}'")
     return found
+
+
+def shown(value: Any) -> str:
+    """What a plug-in returned, short and on one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def require_parameters(function: Any, count: int, what: str) -> None:

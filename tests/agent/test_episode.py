@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rexrag.agent.episode import Episode, State
 from rexrag.agent.protocols.tags import NOTICE, extract_answer, parse_action
+from rexrag.agent.scoring import Scoring
 from rexrag.config.schema import AgentConfig
 from rexrag.errors import ConfigError, DataError
 from rexrag.method.dead_ends import cut_position
@@ -74,7 +75,7 @@ def test_search_then_answer():
     assert (rollout.stop, rollout.answer, rollout.reward, rollout.em) == (StopReason.ANSWER, "al", 1.0, 1.0)
     assert rollout.answer_start == rollout.text.index("<answer>")
     assert not rollout.forced_last_turn
-    assert not rollout.is_probe
+    assert rollout.correct
     assert rollout.prompt == tuple(CharCodec().encode("Question: who is the boss?"))
 
 
@@ -122,12 +123,20 @@ def test_a_question_with_tags_changes_nothing():
 
 
 def test_reward_settings_reach_the_rollout():
-    config = CONFIG.model_copy(update={"format_reward": 0.1})
-    rollout = play("<think>x</think><answer>bob</answer>", config=config).rollout()
-    assert (rollout.reward, rollout.em) == (0.1, 0.0)
     config = CONFIG.model_copy(update={"reward": "f1"})
     rollout = play("<answer>al bob</answer>", config=config).rollout()
-    assert (rollout.reward, rollout.em) == (pytest.approx(2 / 3), 0.0)
+    assert (rollout.reward, rollout.em, rollout.correct) == (pytest.approx(2 / 3), 0.0, False)
+
+
+def test_reward_and_judge_may_be_given_instead_of_named():
+    scoring = Scoring(lambda rollout: 7.0 * rollout.correct, lambda answer, question: answer == "bob")
+    episode = Episode(QUESTION, CODECS["char"], CONFIG, scoring=scoring)
+    drive(episode, iter(CharCodec().encode("<answer>bob</answer>")))
+    rollout = episode.rollout()
+    assert (rollout.reward, rollout.em, rollout.correct) == (7.0, 0.0, True)
+    probe = episode.fork([])
+    drive(probe, iter(CharCodec().encode("<answer>al</answer>")))
+    assert (probe.rollout().reward, probe.rollout().em, probe.rollout().correct) == (0.0, 1.0, False)
 
 
 # -- tokens in, tokens out ---------------------------------------------------------------------------------
@@ -156,7 +165,7 @@ def test_nothing_sampled_is_ever_encoded():
             episode.found([PARIS])
         if episode.state is State.FORCED:
             episode.take_forced([])
-    probe = episode.fork([120], 0, 0)
+    probe = episode.fork([120], 0)
     probe.take_forced([-1.0])
     assert episode.rollout().answer == "policy"
 
@@ -309,11 +318,11 @@ def test_calls_out_of_turn_are_refused():
         with pytest.raises(RuntimeError):
             call()
     with pytest.raises(RuntimeError):
-        episode.fork([1], 0, 0)
+        episode.fork([1], 0)
     done = play("<answer>al</answer>")
     with pytest.raises(RuntimeError):
         done.sampled(65, 0.0)
-    probe = done.fork([1, 2], 0, 0)
+    probe = done.fork([1, 2], 0)
     with pytest.raises(ValueError, match="2 cue tokens"):
         probe.take_forced([0.0])
 
@@ -325,7 +334,7 @@ HINT = CharCodec().encode("<think> hmm ")
 
 def test_a_probe_goes_on_where_the_answer_began():
     parent = play("<search>x</search>", "<think>a</think> so <answer>bob</answer>")
-    probe = parent.fork(HINT, 4, 11)
+    probe = parent.fork(HINT, 4)
     assert (probe.state, probe.forced, probe.forced_origin) == (State.FORCED, tuple(HINT), Origin.CUE)
     assert probe.parent is parent
     assert probe.cut == parent.rollout().answer_start
@@ -335,14 +344,17 @@ def test_a_probe_goes_on_where_the_answer_began():
         POLICY, EVIDENCE, POLICY, CUE, POLICY, EVIDENCE, POLICY
     ]  # fmt: skip
     rollout = probe.rollout()
-    assert (rollout.parent, rollout.cut, rollout.cue, rollout.cue_length) == (11, probe.cut, 4, len(HINT))
+    base = parent.rollout()
+    made = probe.probe(base)
+    assert made.rollout == rollout and made.parent is base
+    assert (made.cut, made.cue, made.cue_length, made.kept) == (base.answer_start, 4, len(HINT), False)
     assert [turn.action for turn in rollout.turns] == ["search", "search", "answer"]
     assert rollout.turns[1].start == parent.turns[1].start
     assert rollout.turns[1].thought_end is not None
     assert rollout.turns[1].thought_end > probe.cut + len(HINT)
     assert (rollout.em, rollout.forced_last_turn) == (1.0, True)
     assert parent.rollout().answer == "bob"  # the parent is untouched
-    cue_logps = rollout.logps[rollout.cut : rollout.cut + rollout.cue_length]
+    cue_logps = rollout.logps[made.cut : made.cut + made.cue_length]
     assert set(cue_logps) == {-0.5}
 
 
@@ -356,7 +368,7 @@ def test_probes_share_their_parents_prefix_and_keep_every_budget(name, data, con
     drive(parent, chain(first, codec.encode("<answer>bob</answer>"), repeat(EOS[name])))
     base = parent.rollout()
     ids = codec.encode(cue)
-    probes = [parent.fork(ids, 3, 5), parent.fork(ids, 3, 5)]
+    probes = [parent.fork(ids, 3), parent.fork(ids, 3)]
     cut = probes[0].cut
     assert cut == cut_position(base)
     for probe in probes:
@@ -368,11 +380,13 @@ def test_probes_share_their_parents_prefix_and_keep_every_budget(name, data, con
         assert rollout.origins[:cut] == base.origins[:cut]
         assert rollout.logps[:cut] == base.logps[:cut]
         assert rollout.turns[: len(base.turns) - 1] == base.turns[:-1]
-        assert rollout.origins[cut : cut + rollout.cue_length] == (CUE,) * rollout.cue_length
-        assert rollout.count(Origin.CUE) == rollout.cue_length
-        assert rollout.cue_length in (0, len(ids))
-        assert (rollout.cue == 3) == (rollout.cue_length > 0)
-        assert all(turn.action_start is None or turn.action_start >= cut + rollout.cue_length
+        made = probe.probe(base)
+        assert (made.rollout, made.cut) == (rollout, cut)
+        assert rollout.origins[cut : cut + made.cue_length] == (CUE,) * made.cue_length
+        assert rollout.count(Origin.CUE) == made.cue_length
+        assert made.cue_length in (0, len(ids))
+        assert (made.cue == 3) == (made.cue_length > 0)
+        assert all(turn.action_start is None or turn.action_start >= cut + made.cue_length
                    for turn in rollout.turns[len(base.turns) - 1 :])  # fmt: skip
     assert probes[0].tokens == probes[1].tokens
     assert parent.rollout() == base
@@ -380,7 +394,7 @@ def test_probes_share_their_parents_prefix_and_keep_every_budget(name, data, con
 
 def test_the_turn_that_was_cut_keeps_what_it_used():
     parent = play("x" * 50 + "<answer>bob</answer>")
-    probe = parent.fork(HINT, 0, 0)
+    probe = parent.fork(HINT, 0)
     fed = drive(probe, repeat(ord("y")))
     turn = probe.turns[0]
     assert (turn.start, turn.end) == (0, 80 + len(HINT))
@@ -390,7 +404,7 @@ def test_the_turn_that_was_cut_keeps_what_it_used():
 
 def test_an_unanswered_rollout_can_be_probed():
     searched = play("x", "y", "ab<search>z</search>")
-    probe = searched.fork(HINT, 0, 0)
+    probe = searched.fork(HINT, 0)
     drive(probe, iter(CharCodec().encode("</think><answer>al</answer>")))
     assert probe.tokens[: probe.cut] == searched.tokens[: probe.cut]
     assert (probe.rollout().em, len(probe.turns), probe.rollout().forced_last_turn) == (1.0, 3, True)
@@ -398,7 +412,7 @@ def test_an_unanswered_rollout_can_be_probed():
     silent = Episode(QUESTION, CODECS["char"], CONFIG.model_copy(update={"total_tokens": 2000}))
     drive(silent, repeat(ord("x")))
     assert silent.rollout().stop is StopReason.TURNS
-    probe = silent.fork(HINT, 0, 0)
+    probe = silent.fork(HINT, 0)
     assert len(drive(probe, repeat(ord("x")))) == CONFIG.turn_tokens
 
 
@@ -406,24 +420,31 @@ def test_a_cue_that_does_not_fit_is_not_given():
     prompt = len(Episode(QUESTION, CODECS["char"], CONFIG).prompt)
     answer = "<answer>bob</answer>"
     parent = play(answer, config=CONFIG.model_copy(update={"total_tokens": prompt + len(answer)}))
-    rollout = parent.fork([65] * (len(answer)), 2, 0).rollout()
-    assert (rollout.stop, rollout.tokens, rollout.cue, rollout.cue_length) == (StopReason.LENGTH, (), None, 0)
-    probe = parent.fork([65] * (len(answer) - 1), 2, 0)
+    made = parent.fork([65] * (len(answer)), 2).probe(parent.rollout())
+    assert (made.rollout.stop, made.rollout.tokens) == (StopReason.LENGTH, ())
+    assert (made.cut, made.cue, made.cue_length) == (0, None, 0)
+    probe = parent.fork([65] * (len(answer) - 1), 2)
     assert probe.state is State.FORCED
 
 
 def test_an_action_opened_before_the_cue_is_not_completed_after_it():
     parent = play("<search> half <answer>bob</answer>")
-    probe = parent.fork(HINT, 0, 0)
+    probe = parent.fork(HINT, 0)
     drive(probe, chain(CharCodec().encode("</search>"), repeat(0)))
     assert probe.turns[0].action is None
 
 
 def test_probing_without_a_cue_samples_at_once():
     parent = play("so <answer>bob</answer>")
-    probe = parent.fork([], None, 0)
+    probe = parent.fork([])
     assert probe.state is State.SAMPLE
     drive(probe, iter(CharCodec().encode("<answer>al</answer>")))
-    rollout = probe.rollout()
-    assert (rollout.is_probe, rollout.cue, rollout.cue_length, rollout.em) == (True, None, 0, 1.0)
-    assert rollout.text == "so <answer>al</answer>"
+    made = probe.probe(parent.rollout())
+    assert (made.cut, made.cue, made.cue_length, made.rollout.em) == (3, None, 0, 1.0)
+    assert made.rollout.text == "so <answer>al</answer>"
+
+
+def test_a_base_rollout_is_no_probe():
+    parent = play("<answer>al</answer>")
+    with pytest.raises(RuntimeError, match="no fork"):
+        parent.probe(parent.rollout())

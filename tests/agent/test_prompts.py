@@ -31,7 +31,7 @@ def test_search_r1_explains_every_tag():
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ConfigError, match=r"agent\.template = 'serch-r1'.*did you mean 'search-r1'"):
         render_prompt("serch-r1", "x")
-    with pytest.raises(ConfigError, match=r"method\.cues = 'small5'.*did you mean 'small-5'"):
+    with pytest.raises(ConfigError, match=r"agent\.cues = 'small5'.*did you mean 'small-5'"):
         cue_pool("small5")
 
 

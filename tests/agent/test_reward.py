@@ -1,4 +1,4 @@
-"""Answer scores against hand-computed values, properties, and the rewards built from them."""
+"""Answer scores against hand-computed values, and their properties."""
 
 import pytest
 from hypothesis import given
@@ -10,11 +10,9 @@ from rexrag.agent.reward import (
     f1,
     has_answer,
     normalize_answer,
-    rollout_reward,
     score_answer,
     sub_exact_match,
 )
-from rexrag.config.schema import AgentConfig
 
 
 @pytest.mark.parametrize(
@@ -72,26 +70,6 @@ def test_scores_are_ordered_fractions(prediction, answers):
     if em and normalize_answer(prediction):
         assert token_f1 == 1.0
     assert exact_match(prediction, [*answers, prediction]) == 1.0
-
-
-FORM = "<think> a </think> <answer> president madison </answer>"
-
-
-@pytest.mark.parametrize(
-    ("answer", "response", "settings", "expected"),
-    [
-        ("madison", FORM, {}, 1.0),
-        ("president madison", FORM, {}, 0.0),
-        ("president madison", FORM, {"reward": "f1"}, 2 / 3),
-        ("president madison", FORM, {"format_reward": 0.1}, 0.1),
-        ("madison", FORM, {"format_reward": 0.1}, 1.0),
-        ("al", "<answer> al </answer>", {"format_reward": 0.1}, 0.0),
-        (None, "<think> a </think>", {"format_reward": 0.1}, 0.0),
-        (None, "", {}, 0.0),
-    ],
-)
-def test_rollout_reward(answer, response, settings, expected):
-    assert rollout_reward(answer, response, ("Madison",), AgentConfig(**settings)) == pytest.approx(expected)
 
 
 def test_an_answer_in_a_passage_is_whole_words():

@@ -115,18 +115,18 @@ def test_an_out_folder_that_cannot_be_used(run, files):
     ("arguments", "words"),
     [
         (
-            ["train", "--set", "method.keep_ration=1"],
-            ["method.keep_ration", "did you mean 'method.keep_ratio'"],
+            ["train", "--set", "algorithm.keep_ration=1"],
+            ["algorithm.keep_ration", "did you mean 'algorithm.keep_ratio'"],
         ),
         (["train", "nothing.toml"], ["nothing.toml", "no such config"]),
         (["train", "--arm", "grop"], ["did you mean 'grpo'"]),
-        (["compare", "--arms", "grpo,rex"], ["arm 'rex'", "did you mean 'rex-rag'"]),
+        (["compare", "--arms", "grpo,rex"], ["algorithm 'rex'", "did you mean 'rex-rag'"]),
         (["compare", "--seeds", "0"], ["at least one seed"]),
         (["compare", "--budget", "money"], ["--budget money", "tokens"]),
         (["train", "quickstart", "--resume", "--out", "r"], ["r/config.toml", "not quickstart", "--set"]),
         (["train", "--set", "retriever.url=http://127.0.0.1:1"], ["retriever.url", "kind = 'remote'"]),
         (["eval", "--index", "a", "--retriever", "http://127.0.0.1:1"], ["--index and --retriever"]),
-        (["eval", "--policy", "embedded", "--vouch", "wiki18-e5"], ["--vouch", "remote retriever only"]),
+        (["eval", "--policy", "tiny-hard", "--vouch", "wiki18-e5"], ["--vouch", "remote retriever only"]),
         (["ask", "x", "--policy", "http://127.0.0.1:1/v1"], ["rexrag eval takes an endpoint"]),
         (["score", "nothing.jsonl"], ["nothing.jsonl"]),
         (["retrieve", "x"], ["exactly one of --index"]),
@@ -146,14 +146,14 @@ def test_a_mistake_is_one_line(run, arguments, words, tmp_path, monkeypatch):
 def test_the_control_is_laid_over_the_base_and_survives_a_kill(run, tmp_path, monkeypatch):
     seen = []
 
-    def pretended(config, folder, resume, restart, observer):
+    def pretended(config, folder, resume, restart, observer, plugins):
         seen.append(
-            (config.arm, config.method.clip_high, config.method.dynamic_sampling, config.seed, resume)
+            (config.label, config.algorithm.clip_high, config.algorithm.dynamic_sampling, config.seed, resume)
         )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(dump_toml(config))
         observer.started(config, folder)
-        if config.arm == "grpo" and len(seen) == 2:
+        if config.label == "grpo" and len(seen) == 2:
             raise RunFolderError("killed")
         summary = {"steps": 1, "generated_tokens": 0, "seconds": 1.0}
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -177,7 +177,7 @@ def test_an_index_brings_its_kind_and_silences_a_remote_retriever(run, files, tm
         '[retriever]\nkind = "remote"\nurl = "http://127.0.0.1:1"\n[agent]\ntotal_tokens = 1024\n'
     )
     words = ["--data", folder / "train.jsonl", "--limit", "1", "--strategy", "rag", "--out", tmp_path / "o"]
-    code, out, err = run("eval", folder / "c.toml", "--policy", "embedded", *kept, *words, "--json")
+    code, out, err = run("eval", folder / "c.toml", "--policy", "tiny-hard", *kept, *words, "--json")
     assert code == 0, err
     assert json.loads(out)["retriever"]["kind"] == "bm25-disk"
 
@@ -191,16 +191,22 @@ def test_an_evaluation_of_a_run_uses_its_own_settings_and_gives_its_own_number(r
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     small = ["data.world_people=24", "data.world_questions=8", "data.dev_limit=6", "train.questions=2"]
-    small += ["train.steps=1", "train.max_tokens=0", "train.control=", "train.threads=1", "method.rollouts=2"]
+    small += [
+        "train.steps=1",
+        "train.max_tokens=0",
+        "train.control=",
+        "train.threads=1",
+        "algorithm.rollouts=2",
+    ]
     code, out, err = run(
         "train",
         "--out",
         "r",
         "--json",
-        *(w for s in [*small, "method.allow_large_alpha=true"] for w in ("--set", s)),
+        *(w for s in small for w in ("--set", s)),
     )
     assert code == 0, err
-    trained = json.loads(out)["rex-rag-rescue"]["em_after"]
+    trained = json.loads(out)["rex-rag-distill"]["em_after"]
     code, out, err = run("eval", "--policy", "r", "--strategy", "agent,direct", "--json")
     torch.set_num_threads(threads)
     assert code == 0, err
@@ -223,7 +229,7 @@ def served(files, monkeypatch):
     from tests.support.live_service import running
 
     monkeypatch.setattr(client, "pause", lambda *arguments: 0.0)
-    tokenizer = resolve("embedded")
+    tokenizer = resolve("tiny-hard")
     codec = load_codec(tokenizer)
     model = scripted(lambda prompt: "<answer> again </answer>", codec.decode, codec.encode)
     server = CompletionsServer(model, codec.decode)
@@ -285,7 +291,7 @@ def test_what_an_evaluation_refuses(run, files, tmp_path, monkeypatch):
     write("bad.jsonl", {"id": 1, "question": "Who?"})
     corpus = ["--corpus", folder / "corpus.jsonl"]
     refused(run("eval", "--data", folder / "bad.jsonl", *corpus), "bad.jsonl, row 1, field 'answers'")
-    refused(run("eval", "--policy", "embedded", "--data", folder / "train.jsonl"), "no corpus", "--corpus")
+    refused(run("eval", "--policy", "tiny-hard", "--data", folder / "train.jsonl"), "no corpus", "--corpus")
     refused(run("eval", "--policy", "no/such/model"), "no/such/model")
     refused(run("eval", "--model", "m"), "--model", "endpoint")
     refused(run("eval", "--vouch", "me"), "--vouch me")
@@ -340,22 +346,22 @@ def test_a_user_s_own_files_train_through_the_same_code(run, tmp_path):
     threads = torch.get_num_threads()
     World(3, 24).write(tmp_path / "data", train=12, held_out=4)
     small = [
-        "method.rollouts=2",
+        "algorithm.rollouts=2",
         "train.steps=1",
         "train.control=",
         "train.max_generated=0",
         "train.threads=1",
     ]
-    paths = [f"data.dev={tmp_path}/data/dev.jsonl", "method.allow_large_alpha=true", *small]
+    paths = [f"data.dev={tmp_path}/data/dev.jsonl", *small]
     code, out, err = run("train", *own(tmp_path / "data", *paths), "--out", tmp_path / "run", "--json")
     assert code == 0, err
     summary = json.loads(out)
     resume = ("train", "--resume", "--out", tmp_path / "run", "--json")
     for more, steps in (((), 1), (("--set", "train.steps=2"), 2), ((), 2)):
         code, out, err = run(*resume, *more)
-        assert code == 0 and json.loads(out)["rex-rag-rescue"]["steps"] == steps, err
+        assert code == 0 and json.loads(out)["rex-rag-distill"]["steps"] == steps, err
     torch.set_num_threads(threads)
-    assert summary["rex-rag-rescue"]["em_before"]["n"] == 4
+    assert summary["rex-rag-distill"]["em_before"]["n"] == 4
     assert (tmp_path / "run" / "report.html").stat().st_size > 1e6
     code, out, _ = run("ask", "Who is married to Anna?", "--policy", tmp_path / "run")
     assert code == 0 and "answer:" in out

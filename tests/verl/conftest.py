@@ -25,11 +25,19 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def resumed(run):
-    """A copy of it, resumed for a third step, which internalizes its probes."""
+    """A copy of it, resumed for a third step, which distils its probes."""
     folder = run.with_name("resumed")
     shutil.copytree(run, folder)
     (folder / "summary.json").unlink()  # a run that has one is over
-    settings = {"train.steps": 3, "method.realignment": "internalize", "method.tail": "unclipped"}
+    settings = {
+        "train.steps": 3,
+        "algorithm.name": "rex-rag-distill",
+        "algorithm.suffix_weight": "unclipped",
+        "algorithm.probe_groups": "all",
+        "algorithm.probe_target": 0.0,
+        "algorithm.filter": "cue-logp",
+        "algorithm.keep_per_group": 0,
+    }
     done = train(folder, "--resume", settings=settings)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -17,9 +17,10 @@ from rexrag.config.files import load_config
 from rexrag.data.world.generator import World
 from rexrag.engine.loading import load_engine
 from rexrag.method.objective import aggregation_normalizer, clipped_surrogate
+from rexrag.method.probing import with_probes
 from rexrag.training.components import load_cues
-from rexrag.training.step import correct_rollouts
-from rexrag.types import Origin, Rollout, StopReason
+from rexrag.training.step import correct_groups, scorer
+from rexrag.types import Origin, Probe, Rollout, RolloutGroup, StopReason
 from tests.verl.conftest import needs_verl
 
 pytestmark = [pytest.mark.verl, needs_verl, pytest.mark.filterwarnings("ignore")]
@@ -45,7 +46,7 @@ def verl_side(run):
 @pytest.fixture(scope="module")
 def local_side(verl_side):
     """The same rollouts, scored, filtered, corrected and learned from by the local engine."""
-    config, row, traces, _ = verl_side
+    config, _, traces, _ = verl_side
     policy, learner = load_engine(config)
     trie = load_cues(config, policy.codec)
     prompts = {
@@ -56,7 +57,6 @@ def local_side(verl_side):
     }
     kinds = {kind: sorted((t for t in traces if t["kind"] == kind), key=lambda t: t["index"])
              for kind in ("base", "probe")}  # fmt: skip
-    groups = {group: i for i, group in enumerate(dict.fromkeys(t["group"] for t in kinds["base"]))}
 
     def rollouts(kind):
         chosen = kinds[kind]
@@ -64,12 +64,19 @@ def local_side(verl_side):
         scored = policy.score(pairs, config.agent.temperature)
         return [_rollout(t, prompt, logp) for t, (prompt, _), logp in zip(chosen, pairs, scored, strict=True)]
 
-    corrected = correct_rollouts(
-        rollouts("base"), [groups[t["group"]] for t in kinds["base"]], rollouts("probe"), policy.score,
-        trie, config, row["keep_ratio"], torch.Generator(),
-    )  # fmt: skip
+    base = rollouts("base")
+    by_group = {}
+    for trace, rollout in zip(kinds["base"], base, strict=True):
+        by_group.setdefault(trace["group"], []).append(rollout)
+    drawn = [RolloutGroup(members[0].question, tuple(members)) for members in by_group.values()]
+    probes = [
+        Probe(rollout, base[t["parent"]], t["cut"], t["cue"], t["origins"].count(int(Origin.CUE)))
+        for t, rollout in zip(kinds["probe"], rollouts("probe"), strict=True)
+    ]
+    groups = with_probes(drawn, probes)
+    corrected = correct_groups(groups, config, trie, torch.Generator(), scorer(policy))
     scored = policy.score([(s.prompt, s.tokens) for s in corrected.samples], config.agent.temperature)
-    learned = learner.update(corrected.samples, config.method, config.agent.temperature)
+    learned = learner.update(corrected.samples, config.algorithm, config.agent.temperature)
     return SimpleNamespace(corrected=corrected, kinds=kinds, learned=learned, logps=scored)
 
 
@@ -88,15 +95,14 @@ def _rollout(trace, prompt, logp):
         question=Question(question["id"], question["text"], tuple(question["answers"])),
         prompt=prompt, tokens=tuple(trace["tokens"]), origins=tuple(trace["origins"]),
         logps=tuple(torch.where(model, logp, 0.0).tolist()), turns=(), stop=StopReason(trace["stop"]),
-        answer=trace["answer"], reward=trace["reward"], em=trace["em"], parent=trace["parent"],
-        cut=trace["cut"], cue=trace["cue"],
-        cue_length=trace["origins"].count(int(Origin.CUE)),
+        answer=trace["answer"], reward=trace["reward"], em=trace["em"], correct=trace["correct"],
     )  # fmt: skip
 
 
 def test_the_filter_keeps_the_same_probes(verl_side, local_side):
-    assert local_side.corrected.kept.tolist() == [t["kept"] for t in local_side.kinds["probe"]]
-    assert 0 < sum(local_side.corrected.kept.tolist()) < len(local_side.kinds["probe"])
+    kept = [probe.kept for probe in local_side.corrected.probes]
+    assert kept == [t["kept"] for t in local_side.kinds["probe"]]
+    assert 0 < sum(kept) < len(kept)
 
 
 def test_streams_and_ratios_agree(verl_side, local_side):
@@ -130,7 +136,7 @@ def verl_loss():
         return importlib.import_module("verl.trainer.ppo.core_algos").compute_policy_loss_vanilla
 
 
-@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean", "sequence-sum"])
+@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-sum"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("held", [False, True])
 def test_verl_s_own_loss_is_ours(verl_loss, aggregation, weighted, held):

@@ -26,7 +26,7 @@ def rows(file):
 def test_two_steps_with_probes(run):
     steps = rows(run / "metrics.jsonl")
     assert [row["step"] for row in steps] == [1, 2]
-    base = SMALL["train.questions"] * SMALL["method.rollouts"]
+    base = SMALL["train.questions"] * SMALL["algorithm.rollouts"]
     for row in steps:
         assert row["probes/drawn"] > row["probes/kept"] > 0, "every dead end is probed, a share is kept"
         assert row["rows"] == base + row["probes/kept"]
@@ -61,7 +61,7 @@ def test_the_weights_moved_and_load_as_a_model(run, tmp_path, monkeypatch):
     facts = export(run, tmp_path / "model")
     assert facts["from"].endswith("global_step_2/actor/huggingface")
     moved = load_file(tmp_path / "model" / "model.safetensors")
-    start = load_file(f"{resolve('embedded')}/model.safetensors")
+    start = load_file(f"{resolve('tiny-hard')}/model.safetensors")
     gaps = {name: (moved[name].float() - start[name].float()).abs().max() for name in start if name in moved}
     assert len(gaps) >= len(start) - 1 and 1e-5 < max(gaps.values()) < 1e-2
     policy = load_policy(PolicyConfig(path=str(tmp_path / "model"), device="cpu"))

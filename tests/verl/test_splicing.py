@@ -1,4 +1,4 @@
-"""`internalize` on verl: the rows it trains on are the local engine's spliced rows, scored by the actor."""
+"""Context distillation on verl: it trains on the local engine's rows without cues, scored by the actor."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from safetensors.torch import load_file
 from rexrag.config.files import load_config
 from rexrag.engine.loading import load_policy
 from rexrag.method.advantages import group_advantages
-from rexrag.types import Origin, Question, Rollout, StopReason, Turn
+from rexrag.method.corrections.context_distillation import splice
+from rexrag.types import Origin, Probe, Question, Rollout, StopReason, Turn
 from rexrag.verl.export import export
-from rexrag.verl.splicing import Splices, tag_of, token_fields
+from rexrag.verl.splicing import tag_of, token_fields
 from tests.verl.conftest import needs_verl
 
 P, C, E = int(Origin.POLICY), int(Origin.CUE), int(Origin.EVIDENCE)
 
 
-def rollout(tokens, origins, turns, **kw):
+def rollout(tokens, origins, turns):
     logps = tuple(-0.1 * i for i in range(len(tokens)))
     question = Question("q", "Who?", ("x",))
     return Rollout(
@@ -34,23 +35,17 @@ def rollout(tokens, origins, turns, **kw):
         StopReason.ANSWER,
         "y",
         0.0,
-        **kw,
     )
 
 
 PARENT = rollout([10, 11, 12, 13, 14], [P] * 5, [Turn(0, 5, "answer", "y", action_start=4, thought_end=3)])
-PROBE = rollout(
-    [10, 11, 12, 13, 20, 21, 30, 31, 32], [P] * 4 + [C, C, P, E, P], [Turn(0, 9)], parent=0, cut=4, cue=0,
-    cue_length=2,
-)  # fmt: skip
+PROBED = rollout([10, 11, 12, 13, 20, 21, 30, 31, 32], [P] * 4 + [C, C, P, E, P], [Turn(0, 9)])
+PROBE = Probe(PROBED, PARENT, cut=4, cue=0, cue_length=2)
 
 
 def test_token_fields_of_a_spliced_row():
-    found = Splices()
-    found.add([PROBE, PROBE], [7, 9], [PARENT])
-    key = (1, 2), (10, 11, 12, 30, 31, 32)
-    (first, row), (second, _) = found.take(key), found.take(key)
-    assert (first, second) == (7, 9), "two probes that read alike have a place each"
+    row = splice(PROBE, 0)
+    assert row.source is PROBED and row.cut == 3
     reward = torch.zeros(9)
     reward[-1] = 1.0
     old = {"rm_scores": [reward], "rollout_log_probs": [torch.arange(9.0)]}
@@ -94,9 +89,9 @@ def test_a_step_on_verl_trains_spliced_rows(run, resumed, tmp_path):
         (tuple(t["tokens"][t["cut"] + t["origins"].count(C) :])) for t in traces if t["kind"] == "probe"
     }
     held = [row for row in rows if (row["rollout_is_weights"] < 0).any()]
-    assert len(held) == kept, "the tail of every kept probe is held"
+    assert len(held) == kept, "the suffix of every kept probe is held"
     assert all(any(row is other for other in held) for row in spliced)
-    for row in held:  # from its first token on, the tail is a probe's own continuation
+    for row in held:  # from its first token on, the suffix is a probe's own continuation
         first = int((row["rollout_is_weights"] < 0).nonzero()[0, 0])
         assert (row["rollout_is_weights"][first:] < 0).all()
         assert tuple(row["responses"][first:].tolist()) in probes
@@ -106,7 +101,7 @@ def test_a_step_on_verl_trains_spliced_rows(run, resumed, tmp_path):
     for row, logp in zip(spliced, policy.score(pairs, config.agent.temperature), strict=True):
         mask = row["response_mask"].bool()
         assert len(mask) == len(logp) == len(row["advantages"]) == len(row["ref_log_prob"])
-        # The prefix was scored in a longer row, the tail in this one.
+        # The prefix was scored in a longer row, the suffix in this one.
         torch.testing.assert_close(row["old_log_probs"][mask], logp[mask], rtol=1e-4, atol=1e-4)
     base = sorted((t for t in traces if t["kind"] == "base"), key=lambda t: t["index"])
     probes = [t for t in traces if t["kind"] == "probe" and t["kept"]]
@@ -115,8 +110,8 @@ def test_a_step_on_verl_trains_spliced_rows(run, resumed, tmp_path):
     expected = group_advantages(
         torch.tensor([t["reward"] for t in everyone], dtype=torch.float64),
         torch.tensor([groups[t["group"]] for t in everyone]),
-        config.method.advantage_scale,
-        config.method.advantage_baseline,
+        config.algorithm.advantage_scale,
+        config.algorithm.advantage_baseline,
     )
     found = sorted(float(row["advantages"][row["response_mask"].bool()][0]) for row in rows)
     assert found == pytest.approx(sorted(expected.tolist()), abs=1e-5)

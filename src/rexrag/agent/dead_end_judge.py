@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rexrag.errors import PluginError
+from rexrag.plugins import shown
 from rexrag.types import Rollout, StopReason, Turn
 
 
@@ -58,8 +59,9 @@ def blinded(
         said = judge([BlindRollout.of(rollout) for rollout in rollouts], context)
         try:
             chances = [float(chance) for chance in said]
-        except (TypeError, ValueError):
-            raise PluginError(f"dead-end judge {name}: returned {said!r}, expected probabilities") from None
+        except Exception:  # a tensor of two dimensions raises RuntimeError
+            message = f"dead-end judge {name}: returned {shown(said)}, expected probabilities"
+            raise PluginError(message) from None
         if len(chances) != len(rollouts):
             raise PluginError(
                 f"dead-end judge {name}: returned {len(chances)} values for {len(rollouts)} rollouts"

@@ -10,7 +10,7 @@ from functools import cache
 from rexrag.agent.reward import exact_match, f1
 from rexrag.config.schema import AgentConfig
 from rexrag.errors import PluginError
-from rexrag.plugins import load_plugin
+from rexrag.plugins import load_plugin, shown
 from rexrag.types import Question, Rollout
 
 Reward = Callable[[Rollout], float]
@@ -73,17 +73,19 @@ class Scoring:
     def _judged(self, answer: str, question: Question) -> bool:
         verdict = self.judge(answer, question)
         if not isinstance(verdict, bool | int):
-            raise PluginError(f"answer judge {self.names[1]}: returned {verdict!r}, expected True or False")
+            raise PluginError(
+                f"answer judge {self.names[1]}: returned {shown(verdict)}, expected True or False"
+            )
         return bool(verdict)
 
     def _rewarded(self, rollout: Rollout) -> float:
         value = self.reward(rollout)
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except Exception:  # a tensor of several numbers raises RuntimeError, a huge integer OverflowError
             number = math.nan
         if not math.isfinite(number):
-            raise PluginError(f"reward {self.names[0]}: returned {value!r}, expected a finite number")
+            raise PluginError(f"reward {self.names[0]}: returned {shown(value)}, expected a finite number")
         return number
 
 

@@ -49,8 +49,7 @@ class CpuTrainer(RexragTrainer):
 
     def _update_actor(self, batch, metrics):
         """Keep the streams that verl trains on, for the comparison with the local learner."""
-        method = self.parts.config.method
-        held = method.realignment == "internalize" and method.tail == "unclipped"
+        held = getattr(self.context.config.algorithm, "suffix_weight", "") == "unclipped"
         names = [*STREAMS, *(["rollout_is_weights"] if held else [])]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
         rows = {
