@@ -15,6 +15,7 @@ RexragError                      catch this to catch them all
 │   └── NonFiniteError  (ArithmeticError)   NaN or infinity where a log-probability belongs
 ├── RetrievalError   (ConnectionError)  a search that failed after every retry
 ├── EndpointError    (ConnectionError)  a policy's server that failed after every retry, or answers nonsense
+├── TrainingError    (ArithmeticError)  updates that are not finite, several in a row
 ├── EvaluationError                     too many questions of an evaluation failed
 ├── CheckpointError  (OSError)          a checkpoint that is damaged or belongs to another run
 └── RunFolderError   (OSError)          an output folder that cannot be written
@@ -104,6 +105,12 @@ class RetrievalError(RexragError, ConnectionError):
 
 class EndpointError(RexragError, ConnectionError):
     """A policy's server failed after every retry, or what it answers is no completion."""
+
+    exit_code = 1
+
+
+class TrainingError(RexragError, ArithmeticError):
+    """Several updates in a row were dropped as not finite."""
 
     exit_code = 1
 

@@ -111,8 +111,13 @@ def paired_p(differences: Sequence[float]) -> float:
     return float(test.pvalue)
 
 
+def difference(pairs: Sequence[float]) -> dict[str, float]:
+    """{value, low, high, n, p} of paired differences: `interval` and `paired_p`."""
+    return interval(pairs) | {"p": paired_p(pairs)}
+
+
 def differs(difference: Mapping[str, float]) -> bool:
-    """The interval excludes 0 and p, where there is one, is at most .05.
+    """Is it significantly different from 0? Its interval excludes 0, and p, where given, is at most .05.
 
     Both, because the bootstrap is too narrow for few values: of normal noise, .27, .16 and .10 of the
     intervals of 3, 5 and 10 values leave 0 out (some 2,000 draws each); with p too it is 0, 0 and .07 (400).

@@ -7,6 +7,7 @@ import traceback
 
 import typer
 
+from rexrag import __version__
 from rexrag.cli import config, evaluation, models, search, tools, training
 from rexrag.errors import RexragError
 from rexrag.io import printable
@@ -15,7 +16,6 @@ app = typer.Typer(
     name="rexrag",
     help="Train search agents that explore beyond dead ends (REX-RAG, arXiv 2508.08149).",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -27,9 +27,18 @@ models.register(app)
 config.register(app)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"rexrag {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and stop."
+    ),
 ) -> None:
     """\b
     Examples:

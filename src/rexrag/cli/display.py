@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,27 +20,40 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from rexrag.config.schema import Config
+from rexrag.experiments.analysis import DIAGNOSTIC_NAMES, MEASURES, budget_name
 from rexrag.io import printable
+from rexrag.report.formatting import NONE, duration
 from rexrag.stats import differs
+from rexrag.training.verdict import dropped_line
 
 QUIET_SECONDS = 10.0
 """Where the output is no terminal, a line of progress this often."""
 
 
-def live_line(console: Console, *columns: ProgressColumn, width: int = 24) -> Progress:
-    """A live line: what, a bar, `columns`, the time so far and the time to go."""
+def live_line(console: Console, *columns: ProgressColumn, width: int = 10, note: bool = False) -> Progress:
+    """A live line: what, a bar, `columns`, the time so far, the time to go; then the field `note`.
+
+    A line too long for the terminal loses the end of its label and of its note, never the times.
+    """
+    last = [TextColumn("{task.fields[note]}", table_column=_cropped(ratio=1))] if note else []
     return Progress(
-        TextColumn("[bold]{task.description}"),
+        TextColumn("[bold]{task.description}", table_column=_cropped(max_width=20)),
         BarColumn(bar_width=width),
         *columns,
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
+        *last,
         console=console,
+        expand=note,
     )
+
+
+def _cropped(**layout: int) -> Column:
+    return Column(no_wrap=True, overflow="ellipsis", **layout)  # type: ignore[arg-type]
 
 
 class RunProgress:
@@ -55,24 +68,23 @@ class RunProgress:
     def started(self, config: Config, folder: Path) -> None:
         if not self.console.is_terminal:
             return
-        self.live = live_line(
-            self.console, TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.fields[note]}")
-        )
+        self.live = live_line(self.console, TextColumn("{task.percentage:3.0f}%"), note=True)
         self.live.start()
-        self.task = self.live.add_task(self.label, total=1.0, note="evaluating the start")
+        self.task = self.live.add_task(self.label, total=1.0, note="first evaluation")
 
     def evaluated(self, figures: dict[str, Any]) -> None:
         em = figures["em"]
         where = f"after step {figures['step']}" if figures["step"] else "before training"
-        self.console.print(f"{self.label}: {figures['set']} EM {format_interval(em)} {where}, n = {em['n']}")
+        said = f"{self.label}: {figures['set']} EM {format_interval(em)} % {where}, n = {em['n']}"
+        if figures.get("unanswered"):
+            said += f", no answer {100 * figures['unanswered']:.1f} %"
+        self.console.print(said)
 
     def stepped(self, row: dict[str, Any], done: float) -> None:
         done = min(1.0, done)
-        speed = row["generated_tokens"] / max(1e-9, row["seconds"])
-        note = (
-            f"step {row['step']}  EM {row['em/train']:.2f}  dead ends {row['dead_ends/rate']:.2f}  "
-            f"probes {row['probes/kept']:.0f}/{row['probes/drawn']:.0f}  {speed:,.0f} tok/s"
-        )
+        if dropped := dropped_line(row):
+            self.console.print(f"{self.label}: {dropped}")
+        note = step_note(row)
         if self.live is not None:
             self.live.update(self.task, completed=done, note=note)
             if done >= 1.0:
@@ -80,12 +92,26 @@ class RunProgress:
         elif time.monotonic() - self.last > QUIET_SECONDS:
             self.last = time.monotonic()
             eta = row["seconds"] * (1.0 - done) / done
-            self.console.print(f"{self.label}: {100 * done:.0f}%  {note}  eta {eta:.0f} s")
+            self.console.print(f"{self.label}: {100 * done:.0f}%  eta {duration(eta)}  {note}")
 
     def stop(self) -> None:
         if self.live is not None:
             self.live.stop()
             self.live = None
+
+
+def step_note(row: Mapping[str, Any]) -> str:
+    """A step in a few figures, the most telling first; shares are percentages."""
+    speed = row["generated_tokens"] / max(1e-9, row["seconds"])
+    probes = (
+        f"  probes kept {row['probes/kept']:.0f} of {row['probes/drawn']:.0f}" if row["probes/drawn"] else ""
+    )
+    silent = row.get("dead_ends/unanswered")
+    no_answer = f"  no answer {100 * silent:.0f} %" if silent else ""
+    return (
+        f"step {row['step']}  EM {100 * row['em/train']:.0f} %{no_answer}  "
+        f"dead ends {100 * row['dead_ends/rate']:.0f} %{probes}  {speed:,.0f} tok/s"
+    )
 
 
 class BuildProgress:
@@ -136,7 +162,7 @@ class BuildProgress:
         elif now - self.last > QUIET_SECONDS and done > first:
             self.last = now
             eta = (now - start) * (total - done) / (done - first)
-            self.console.print(f"{self.LABELS[stage]}: {done:,}/{total:,}  eta {eta:.0f} s")
+            self.console.print(f"{self.LABELS[stage]}: {done:,}/{total:,}  eta {duration(eta)}")
 
     def _finish_last(self) -> None:
         """The stage before is done: its total may have been an estimate, and its last call was not drawn."""
@@ -145,19 +171,20 @@ class BuildProgress:
             self.live.update(task, completed=self.heard, total=self.heard)
 
 
-def format_interval(value: dict[str, float]) -> str:
-    """`.412 [.356, .468]`; without an interval where there is no spread."""
-    shown = f"{value['value']:.3f}"
-    if value["low"] < value["high"]:
-        shown += f" [{value['low']:.3f}, {value['high']:.3f}]"
-    return shown.replace("0.", ".")
+def format_interval(value: Mapping[str, float]) -> str:
+    """A share in percent, `41.2 [35.6, 46.8]`; without an interval where there is no spread."""
+    return _with_ends(value, "")
 
 
-def format_points(value: dict[str, float]) -> str:
-    """`+35.1 [+29.1, +41.1]`; without an interval where there is no spread."""
-    shown = f"{100 * value['value']:+.1f}"
+def format_points(value: Mapping[str, float]) -> str:
+    """A difference in points, `+35.1 [+29.1, +41.1]`; without an interval where there is no spread."""
+    return _with_ends(value, "+")
+
+
+def _with_ends(value: Mapping[str, float], sign: str) -> str:
+    shown = f"{100 * value['value']:{sign}.1f}"
     if value["low"] < value["high"]:
-        shown += f" [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+        shown += f" [{100 * value['low']:{sign}.1f}, {100 * value['high']:{sign}.1f}]"
     return shown
 
 
@@ -185,81 +212,81 @@ def table(
 
 
 def summary_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
-    """Runs side by side, in 80 columns."""
-    rows = []
-    for label, summary in summaries:
-        has_eval = "em_before" in summary
-        rows.append(
-            (
-                label,
-                format_interval(summary["em_before"]) if has_eval else "–",
-                format_interval(summary["em_after"]) if has_eval else "–",
-                format_points(summary["rise"]) if has_eval else "–",
-            )
-        )
-    columns = ("run", "EM before", "EM after", "rise in points")
-    return table("Held-out exact match with 95 % bootstrap intervals", columns, rows, narrow=True)
+    """Runs side by side, in 80 columns: a row a measure, a column a run."""
+    rows = [
+        (name, *(_or_none(say, summary) for _, summary in summaries))
+        for name, say in SUMMARY_MEASURES.items()
+    ]
+    title = "Held-out questions, 95 % intervals; before → after training"
+    return table(title, ("", *(label for label, _ in summaries)), rows, narrow=True)
 
 
-MEASURES = {
-    "em_at_budget": "at budget",
-    "em_half": "half way",
-    "area": "curve",
-    "em": "end",
-    "em_fresh": "fresh world",
-    **{f"em_{n}_hop": f"{n} hop" for n in range(1, 5)},
+def _or_none(say: Callable[[dict[str, Any]], str], summary: dict[str, Any]) -> str:
+    try:
+        return say(summary)
+    except (KeyError, TypeError):  # not measured in this run
+        return NONE
+
+
+def _change(name: str, factor: float, digits: int) -> Callable[[dict[str, Any]], str]:
+    return lambda s: " → ".join(f"{factor * s[f'{name}_{when}']:.{digits}f}" for when in ("before", "after"))
+
+
+SUMMARY_MEASURES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "EM before, %": lambda s: format_interval(s["em_before"]),
+    "EM after, %": lambda s: format_interval(s["em_after"]),
+    "rise, points": lambda s: format_points(s["rise"]),
+    "no answer, %": _change("unanswered", 100.0, 1),
+    "invalid turns a question": _change("invalid", 1.0, 2),
+    "searches a question": _change("searches", 1.0, 2),
+    "steps": lambda s: f"{s['steps']:,}",
+    "generated tokens": lambda s: f"{s['generated_tokens']:,}",
+    "time": lambda s: duration(s["seconds"]),
 }
-"""Figures of a comparison, in the order of its table; `curve` is the mean under it over the budget.
-
-"At budget" is read off the curve; the end, and what else is of it, is as far past it as the last step went.
-"""
+"""Rows of the result of `rexrag train`: name -> what stands there of a run's `summary.json`."""
+STACKED = 4
+"""From this many arms on, an interval stands under its value."""
 
 
 def comparison_table(result: dict[str, Any]) -> Table:
-    """Arms with their paired difference to the control; a star where `intervals.differs`."""
+    """A row a measure, a column an arm; under each EM its paired difference to the control."""
+    arms = result["arms"]
+    stacked = len(arms) >= STACKED
+
+    def cells(name: str, say: Callable[[Mapping[str, float]], str], missing: str) -> list[str]:
+        texts = [say(figures[name]) if name in figures else missing for figures in arms.values()]
+        return [text.replace(" [", "\n[") if stacked else text for text in texts]
+
     rows: list[tuple[str, ...]] = []
-    for arm, figures in result["arms"].items():
-        rows.append((arm, "", "", ""))
-        for name in (name for name in MEASURES if name in figures):
-            gap = figures.get(f"{name}_difference")
-            star = "*" if gap and differs(gap) else ""
-            rows.append(
-                (
-                    f"  {MEASURES[name]}",
-                    format_interval(figures[name]),
-                    format_points(gap) + star if gap else "",
-                    f"{gap['p']:.3f}" if gap else "",
-                )
-            )
-    n = len(result["seeds"])
-    budget = f"{result['amount']:g} {result['budget']}"
-    title = f"Held-out EM at {budget}, {n} seeds"
-    title += f"\nPoints above {result['control']}; *: interval without 0 and p ≤ .05"
-    return table(title, ("arm", "EM", "difference", "p"), rows, narrow=True)
+    for name, title in MEASURES.items():
+        if not any(name in figures for figures in arms.values()):
+            continue
+        rows.append((f"{title}, %", *cells(name, format_interval, NONE)))
+        if any(f"{name}_difference" in figures for figures in arms.values()):
+            gaps = cells(f"{name}_difference", _gap, "")
+            rows.append((f"  minus {result['control']}, points", *gaps))
+    for name, title in DIAGNOSTIC_NAMES.items():
+        found = [figures["diagnostics"].get(name) for figures in arms.values()]
+        if any(value is not None for value in found):
+            rows.append((f"{title}, %", *(NONE if v is None else f"{100 * v:.0f}" for v in found)))
+    for title, say in SPENT_MEASURES.items():
+        rows.append((title, *(say(figures) for figures in arms.values())))
+    title = f"Held-out EM, {len(result['seeds'])} seeds, budget {budget_name(result)}; 95 % intervals"
+    title += "\n*: significantly different from 0 (the interval excludes 0 and p ≤ .05)"
+    return table(title, ("mean over seeds", *arms), rows, narrow=True)
 
 
-def diagnostics_table(result: dict[str, Any]) -> Table:
-    """What happened on the way, as means over steps and seeds."""
-    columns = {
-        "dead": "dead_ends/rate",
-        "wrong": "groups/all_wrong_before",
-        "after": "groups/all_wrong_after",
-        "right": "probes/success",
-        "kept": "probes/kept_share",
-        "ESS": "ess",
-        "search": "searches/mean",
-        "KL": "kl_to_start",
-    }
-    rows = []
-    for arm, figures in result["arms"].items():
-        found = figures["diagnostics"]
-        rows.append([arm, *(f"{found[name]:.2f}" if name in found else "–" for name in columns.values())])
-    return table(
-        "On the way: dead ends; groups all wrong, before and after probes; probes right and kept",
-        ("arm", *columns),
-        rows,
-        narrow=True,
-    )
+SPENT_MEASURES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "searches a rollout": lambda f: f"{f['diagnostics'].get('searches/mean', 0.0):.2f}",
+    "steps": lambda f: f"{f['steps']:,.0f}",
+    "rollouts": lambda f: f"{f['rollouts']:,.0f}",
+    "generated tokens": lambda f: f"{f['generated_tokens']:,.0f}",
+    "time of a run": lambda f: duration(f["seconds"]),
+}
+
+
+def _gap(gap: Mapping[str, float]) -> str:
+    return format_points(gap) + ("*" if differs(gap) else "")
 
 
 def dry_run_tables(facts: dict[str, Any]) -> Iterable[Table | str]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rexrag.config import presets
 from rexrag.config.files import dump_toml, load_config
 from rexrag.config.plugin_keys import require_plugins_allowed
-from rexrag.config.schema import ENDLESS, SPENT, Budget, Config
+from rexrag.config.schema import ENDLESS, Budget, Config
 from rexrag.errors import ConfigError
 from rexrag.io import write_text
 from rexrag.training.run_folder import check_resumable, free_folder, has_checkpoint
@@ -30,10 +30,6 @@ Part = tuple[str, Config, Path]
 CONTROL_SETTINGS = "control.toml"
 Summary = tuple[str, dict[str, Any]]
 """Label of a run, and its `summary.json`."""
-SEEDS_TO_TELL = 6
-"""Of 2⁵ ways to flip signs of five pairs two are as extreme as all alike: p is .0625 at least."""
-OVERSHOT = 0.2
-"""Share of the budget by which a last step may pass it without a word."""
 AllowPlugins = Annotated[
     bool, typer.Option("--allow-plugins", help="Import plug-ins that the run folder names.")
 ]
@@ -78,6 +74,7 @@ def train(
     """
     from rexrag.cli.display import stdout, summary_table
     from rexrag.report import write_report
+    from rexrag.training.verdict import Verdict
 
     overrides = [*(override or []), *([f"seed={seed}"] if seed is not None else [])]
     if resume:
@@ -108,13 +105,9 @@ def train(
     if as_json:
         print(json.dumps(dict(summaries) | {"report": str(page)}))
         return
-    console.print(summary_table(summaries))
     for label, summary in summaries:
-        console.print(
-            f"{label}: {summary['steps']} steps, {summary['generated_tokens']:,} generated tokens, "
-            f"{summary['seconds']:.0f} s",
-            markup=False,
-        )
+        console.print(f"{label}: {Verdict(**summary['verdict']).line}", markup=False)
+    console.print(summary_table(summaries))
     console.print(f"run folder {folder}\npage       {page}", markup=False)
 
 
@@ -192,9 +185,10 @@ def compare(
       rexrag compare --arms grpo,rex-rag-distill --seeds 10 --budget tokens --amount 200000
       rexrag compare my.toml --arms grpo,my-arm.toml --budget time --amount 600
     """
-    from rexrag.cli.display import comparison_table, diagnostics_table, stdout, table
-    from rexrag.experiments import diagnosis as prospects
+    from rexrag.cli.display import comparison_table, stdout, table
+    from rexrag.experiments import diagnosis
     from rexrag.experiments import runner as experiment
+    from rexrag.experiments.analysis import SEEDS_FOR_SIGNIFICANCE, few_seeds, findings
     from rexrag.report import write_report
 
     if budget not in experiment.LIMITS:
@@ -209,25 +203,20 @@ def compare(
         f"{len(names)} arms × {seeds} seeds, {amount:g} {budget} each, control {names[0]}: {out}",
         markup=False,
     )
-    if seeds < SEEDS_TO_TELL:
-        console.print(f"{seeds} seeds: no difference can have p ≤ .05; take {SEEDS_TO_TELL} or more")
+    if seeds < SEEDS_FOR_SIGNIFICANCE:
+        console.print(few_seeds(seeds))
     ahead = experiment.look_ahead(work, out)
-    title = "Before the comparison: what decides it"
-    console.print(table(title, ("of the start", "share [95 %]", "n"), prospects.lines(ahead)))
+    title = "The initial checkpoint: how it fails, and what probes make of it"
+    console.print(table(title, ("", "share, % [95 %]", "n"), diagnosis.lines(ahead)))
     result = experiment.run(work, out, jobs, console.print)
     folders = list(experiment.run_folders(work, out))
-    page = write_report(folders, out / "report.html", work.arms[0], chosen)
+    page = write_report(folders, out / "report.html", work.arms[0], result)
     if as_json:
-        print(json.dumps(result | {"prospects": ahead}))
+        print(json.dumps(result | {"diagnosis": ahead}))
         return
+    for line in (*findings(result), *result["warnings"]):
+        console.print(line, markup=False)
     console.print(comparison_table(result))
-    console.print(diagnostics_table(result))
-    for arm, figures in result["arms"].items():
-        over = figures[SPENT[chosen]] / amount - 1
-        if over > OVERSHOT:
-            console.print(
-                f"{arm}: its last step went {over:.0%} past the budget, which is small for its steps"
-            )
     console.print(f"figures {out / 'compare.json'}\npage    {page}", markup=False)
 
 

@@ -1,7 +1,7 @@
 """Figures of a report as plain plotly dictionaries.
 
-A colour is the name of a CSS variable ("--arm0"); the page's script puts in its value, so that one figure
-serves light and dark. Texts pass through `plain`, because plotly reads a little markup in labels.
+A colour is the name of a CSS variable ("--arm0"); the page's script replaces it by its value, in light and in
+dark mode. Texts pass through `plain`, because plotly interprets some markup in labels.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from statistics import fmean
 from typing import Any
 
 from rexrag.config.schema import SPENT, Budget
-from rexrag.report.read import Evaluation, Run
+from rexrag.report.read import Estimate, Run
 from rexrag.report.series import (
     Arm,
     Points,
     aligned,
-    mean_interval,
     mean_series,
     series,
 )
+from rexrag.stats import interval
 
 Trace = dict[str, Any]
 
@@ -122,9 +122,8 @@ def em_chart(arms: Sequence[Arm], width: int, x: Axis) -> Chart:
         thin = {"width": 1.2, "dash": "dot"}
         traces.append(_line(train, arm.color, f"{arm.name}: training", line=thin, opacity=0.75))
     caption = (
-        f"Look for a curve that climbs earlier at the same {x.title} and whose bars "
-        "(95 % intervals) clear the other's; the dotted line is training accuracy, sampled rather than "
-        "greedy and on other questions."
+        f"Look for a curve that rises earlier at the same {x.title}; bars are 95 % intervals. "
+        "The dotted line is EM in training: sampled at the training temperature, on other questions."
     )
     axes = {"xaxis": x.layout, "yaxis": _axis("exact match, %", zero=True)}
     return Chart(f"Exact match against {x.title}", caption, {"": _filled(traces)}, axes, wide=True)
@@ -144,11 +143,15 @@ def _evaluation_traces(arm: Arm, name: str, x: Axis) -> list[Trace]:
     main = name == "held-out"
     curves = [[(row.spent[x.key], 100 * row.em.value) for row in rows] for rows in seeds]
     columns = aligned(seeds, curves)
-    stats = [mean_interval([value for _, value in column]) for column in columns]
-    means = [(fmean(at for at, _ in column), mean) for column, (mean, _) in zip(columns, stats, strict=True)]
-    bars = [(half or 0.0, half or 0.0) for _, half in stats]
     if len(seeds) == 1:
-        bars = [_bar(row) for row in seeds[0]]
+        estimates = [row.em for row in seeds[0]]
+    else:
+        estimates = [Estimate.of(interval([value / 100 for _, value in column])) for column in columns]
+    means = [
+        (fmean(at for at, _ in column), 100 * estimate.value)
+        for column, estimate in zip(columns, estimates, strict=True)
+    ]
+    bars = [_bar(estimate) for estimate in estimates]
     trace = _line(
         means,
         arm.color,
@@ -171,10 +174,10 @@ def _evaluation_traces(arm: Arm, name: str, x: Axis) -> list[Trace]:
     return [_line(curve, arm.color) for curve in curves if len(curves) > 1] + [trace]
 
 
-def _bar(row: Evaluation) -> tuple[float, float]:
-    """One run's own interval, below and above its value, in points."""
-    low, high = (row.em.value if end is None else end for end in (row.em.low, row.em.high))
-    return 100 * (row.em.value - low), 100 * (high - row.em.value)
+def _bar(em: Estimate) -> tuple[float, float]:
+    """An interval as its lengths below and above the value, in points."""
+    low, high = (em.value if end is None else end for end in (em.low, em.high))
+    return 100 * (em.value - low), 100 * (high - em.value)
 
 
 def _percent(points: Points) -> Points:
@@ -250,8 +253,8 @@ def weight_chart(arms: Sequence[Arm], width: int, x: Axis) -> Chart:
         _axis("alpha", zero=True, tickformat=".0%"),
     )
     caption = (
-        "Look for an effective sample size near 100 %: a fall says that a few heavy rollouts carry the "
-        "update; alpha is the kept probes' share of the batch."
+        "Look for an effective sample size near 100 %: a fall says that a few rollouts with large weights "
+        "make the update. Alpha is the share of kept probes in the batch."
     )
     return Chart("Effective sample size and mixture share", caption, {"": top + bottom}, layout)
 
@@ -259,9 +262,9 @@ def weight_chart(arms: Sequence[Arm], width: int, x: Axis) -> Chart:
 LOG_TICKS: dict[str, Any] = {"type": "log", "tickvals": [1e-3, 0.01, 0.1, 0.5, 1, 2, 10, 100]}
 SEGMENTS = (
     Line("base", "base rollouts", "--control", "solid"),
-    Line("prefix", "shared prefix", "--policy", "dash"),
+    Line("prefix", "prefix", "--policy", "dash"),
     Line("cue", "cue", "--cue", "dot"),
-    Line("suffix", "continuation", "--suffix", "dashdot"),
+    Line("suffix", "suffix", "--suffix", "dashdot"),
 )
 
 
@@ -295,14 +298,14 @@ CHARTS: tuple[Maker, ...] = (
     _per_arm(
         "Searches per rollout",
         "Look for a level that fits the questions' hops; a drop towards zero says that the agent stopped "
-        "looking things up.",
+        "searching.",
         "searches/mean",
         "searches",
     ),
     _per_metric(
         "Groups without a right rollout",
-        "Look for the gap between the two 'all wrong' lines, groups where only a probe was right; a group "
-        "without signal, all right or all wrong, teaches nothing.",
+        "Look for the gap between the two 'all wrong' lines: in those groups only a probe was right. A group "
+        "without a signal, all right or all wrong, changes no weight.",
         (
             Line("groups/all_wrong_before", "all wrong before probes", "--control"),
             Line("groups/all_wrong_after", "all wrong after probes", "--suffix", "dash"),
@@ -313,7 +316,8 @@ CHARTS: tuple[Maker, ...] = (
     ),
     _per_metric(
         "Probes",
-        "Look for right probes among those drawn, and for a filter that keeps more than its share of them.",
+        "Look for right probes among those drawn, and for a filter that keeps more of the right ones than of "
+        "the wrong ones.",
         (
             Line("probes/drawn", "drawn", "--control"),
             Line("probes/right", "right", "--evidence", "dash"),
@@ -324,8 +328,7 @@ CHARTS: tuple[Maker, ...] = (
     ),
     _per_metric(
         "Tokens by origin",
-        "Look at what the budget buys: only policy tokens are generated; cue, evidence and notice are "
-        "inserted.",
+        "Only policy tokens are generated; cue, evidence and notice are inserted.",
         (
             Line("tokens/policy", "policy", "--policy"),
             Line("tokens/evidence", "evidence", "--evidence"),
@@ -353,15 +356,15 @@ CHARTS: tuple[Maker, ...] = (
     ratio_chart,
     _per_metric(
         "Gradient by segment",
-        "Look for the part that moves the policy: each segment's share of the sum of their gradient norms, "
-        "at the diagnosed steps (train.diagnose_every).",
+        "Each segment's share of the sum of their gradient norms, at the diagnosed steps "
+        "(train.diagnose_every).",
         tuple(Line(f"gradient/{line.key}", line.name, line.color, line.dash) for line in SEGMENTS),
         "of the norms",
         ".0%",
     ),
     _per_arm(
-        "Distance from the start",
-        "Look for a slow rise: the KL divergence of the policy from where it began, at the diagnosed steps.",
+        "KL to the initial checkpoint",
+        "Look for a slow rise of the policy's KL divergence, measured at the diagnosed steps.",
         "kl_to_start",
         "nats a token",
     ),

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them, and the one shape of table a report has."""
+"""How numbers are written, in the report and in the terminal, and the report's one kind of table."""
 
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ def duration(seconds: float | None) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def points(estimate: Estimate | None) -> str:
-    """Exact match in points, 0 to 100."""
+    """Exact match in percent, 0 to 100."""
     return NONE if estimate is None else f"{100 * estimate.value:.1f}"
 
 
 def interval(estimate: Estimate | None) -> str:
-    if estimate is None or estimate.low is None or estimate.high is None:
+    """Its ends in percent; "" where there is no interval, or no spread."""
+    if estimate is None or estimate.low is None or estimate.high is None or estimate.low >= estimate.high:
         return ""
     return f"[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
 def signed(value: float | None) -> str:
+    """A difference in points, with its sign."""
     return NONE if value is None else f"{value:+.1f}".replace("-", "−")
 
 

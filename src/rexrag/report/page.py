@@ -18,27 +18,24 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
-from rexrag.config.schema import Budget
 from rexrag.io import write_bytes
 from rexrag.report.charts import Chart, make_charts
 from rexrag.report.formatting import compact
-from rexrag.report.headline import evaluation_table, headline
+from rexrag.report.headline import Comparison, evaluation_table, headline
 from rexrag.report.read import Run, read_runs
 from rexrag.report.rollouts import CAP, Chosen, choose_rollouts
 from rexrag.report.series import Arm, group_arms
 
 
 def write_report(
-    runs: Sequence[Path], out: Path, control: str = "grpo", budget: Budget | None = None
+    runs: Sequence[Path], out: Path, control: str = "grpo", comparison: Comparison | None = None
 ) -> Path:
     """Write one self-contained page about `runs` (and the `control/` run inside each) to `out`.
 
-    `out` is the file, or a folder in which `report.html` is written. Runs that are still going are shown as
-    far as they got. `control`: the arm that others are compared with. `budget`: what all of them spend alike
-    (a name of `charts.BUDGETS`), and every curve is drawn against. Returns the file. Raises DataError
-    where a folder is no run folder or a file is damaged.
+    out: the file, or a folder in which `report.html` is written. control: the algorithm that others are
+    compared with. comparison: what `experiments.analysis.compare` found in these runs; the page then shows
+    its figures, and draws every curve against its budget. Runs that are still going are shown so far.
+    Returns the file. Raises DataError where a folder is no run folder or a file is damaged.
     """
     out = Path(out) / "report.html" if Path(out).is_dir() else Path(out)
     found = read_runs([Path(run) for run in runs])
@@ -46,7 +43,8 @@ def write_report(
     chosen = choose_rollouts(found, missing)
     found = [replace(run, notes=[*run.notes, *more]) for run, more in zip(found, missing, strict=True)]
     # A name may hold half a surrogate pair, which UTF-8 cannot write.
-    write_bytes(out, _page(found, chosen, control, budget).encode("utf-8", errors="replace"))
+    page = _page(found, chosen, group_arms(found, control), comparison)
+    write_bytes(out, page.encode("utf-8", errors="replace"))
     return out
 
 
@@ -59,7 +57,7 @@ def json_block(value: object) -> str:
 
 
 def _finite(value: object) -> object:
-    """Floats to five significant digits; NaN and infinity, which JSON has no word for, to null."""
+    """Floats to five significant digits; NaN and infinity, which JSON lacks, to null."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -69,9 +67,12 @@ def _finite(value: object) -> object:
     return value
 
 
-def _page(runs: Sequence[Run], chosen: Chosen, control: str, budget: Budget | None) -> str:
-    arms = group_arms(runs, control)
-    charts, empty, width = make_charts(arms, budget)
+def _page(
+    runs: Sequence[Run], chosen: Chosen, arms: Sequence[Arm], comparison: Comparison | None = None
+) -> str:
+    from plotly.offline import get_plotlyjs
+
+    charts, empty, width = make_charts(arms, None if comparison is None else comparison["budget"])
     ours = files("rexrag.report")
     scripts = [get_plotlyjs(), ours.joinpath("report.js").read_text(encoding="utf-8")]
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
@@ -82,7 +83,7 @@ def _page(runs: Sequence[Run], chosen: Chosen, control: str, budget: Budget | No
         "runs": [_label(run) for run in runs],
     }
     sections = [
-        f"<header>{headline(arms)}</header>",
+        f"<header>{headline(arms, comparison)}</header>",
         _section("curves", "Curves", _curves(arms, charts, empty, width)),
         _section("agent", "What the agent did", _browser(chosen, runs)),
         _section("setup", "Configuration and environment", _setup(runs)),
@@ -141,12 +142,12 @@ def _curves(arms: Sequence[Arm], charts: Sequence[Chart], empty: Sequence[str], 
         options = "".join(
             f"<option{' selected' if name == first else ''}>{escape(name)}</option>" for name in detailed
         )
-        choose = f'<label>Charts with one arm show <select id="arm">{options}</select></label>'
+        choose = f'<label>Algorithm in the charts that show one <select id="arm">{options}</select></label>'
     missing = f"Not recorded in these runs: {escape(', '.join(empty))}." if empty else ""
     return "\n".join(
         [
             figures,
-            _fold("First and last evaluation, by hops", evaluation_table(arms)),
+            _fold("First and last evaluation: EM by hops, F1, answers and searches", evaluation_table(arms)),
             f'<div class="bar-top">{lines}{choose}</div><div class="grid">{rest}</div>',
             f'<p class="quiet">{missing}</p>' if missing else "",
         ]
@@ -167,13 +168,13 @@ def _figure(place: int, chart: Chart) -> str:
 
 
 ORIGIN_LEGEND = (
-    ("policy", "written by the model, trained on"),
-    ("cue", "the probe's hint, put in by us, trained on in some variants"),
+    ("policy", "generated by the model, trained on"),
+    ("cue", "the probe's cue, inserted; trained on in some algorithms"),
     ("evidence", "retrieved text, never trained on"),
     ("notice", "the environment's message, never trained on"),
 )
 KINDS = (("", "all"), ("probe", "probe"), ("base", "base"))
-ANSWERS = (("", "all"), ("rescued", "dead end turned right"), ("right", "right"), ("wrong", "wrong or none"))
+ANSWERS = (("", "all"), ("recovered", "dead end recovered"), ("right", "right"), ("wrong", "wrong or none"))
 
 
 def _browser(chosen: Chosen, runs: Sequence[Run]) -> str:
@@ -206,9 +207,9 @@ def _what_is_shown(chosen: Chosen) -> str:
     if shown < recorded:
         how = f"The page carries at most {CAP}, drawn evenly over outcomes and steps"
     return (
-        f"<p>{shown} of {recorded:,} recorded rollouts ({counts}). {how}, probes that turned a dead end into "
-        "a right answer first. Probes and their parents are recorded before other rollouts, so these counts "
-        "are no rates.</p>"
+        f"<p>{shown} of {recorded:,} recorded rollouts ({counts}). {how}, probes that recovered a dead end "
+        "first. Probes and their parents are recorded before other rollouts, so these "
+        "counts are no rates.</p>"
     )
 
 

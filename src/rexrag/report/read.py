@@ -18,21 +18,40 @@ import zstandard
 
 from rexrag.config.schema import ENDLESS, SPENT
 from rexrag.errors import DataError
+from rexrag.training.verdict import Verdict, judge
 
 Row = Mapping[str, Any]
 
 BESIDE_CONFIG = ("environment.json", "metrics.jsonl", "eval.jsonl", "summary.json")
 """A run folder holds config.toml and at least one of these."""
 
+ARMS = {
+    "rex-rag-rescue": "rex-rag-distill",
+    "rex-rag-rescue-paper": "rex-rag-distill-probes",
+    "rex-rag-internalize": "rex-rag-context-distillation",
+    "rex-rag-internalize-truncated": "rex-rag-context-distillation-is",
+    "grpo-matched": "grpo-more-rollouts",
+    "resample": "probe-without-cue",
+    "probe-uncorrected": "probe-no-correction",
+}
+"""Names of arms in 0.1.0 -> today's."""
+CORRECTIONS = {"paper": "rex-rag", "internalize": "rex-rag-distill", "none": "probe-no-correction"}
+"""`method.realignment` of 0.1.0 -> the algorithm of today, for a run without a name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A score with its 95 % interval, all in [0, 1]; `n` questions."""
+    """A score in [0, 1], or a difference of two, with its 95 % interval; `n` questions or seeds."""
 
     value: float
     low: float | None = None
     high: float | None = None
     n: int | None = None
+
+    @classmethod
+    def of(cls, value: Mapping[str, float]) -> Estimate:
+        """From what `rexrag.stats` returns."""
+        return cls(value["value"], value["low"], value["high"], int(value["n"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +67,15 @@ class Evaluation:
     by_hops: Mapping[str, Estimate]
     searches: float | None
     unanswered: float | None
+    invalid: float | None
+    """Turns without a valid action, a question."""
+    by_question: Sequence[float]
+    """EM of each question, in the order of the set; empty where it was not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run folder holds. `arm` names the colour; `notes` say what is missing or was left out."""
+    """What a run folder holds. `arm`: its algorithm or ablation; `notes`: what is missing or was left out."""
 
     folder: Path
     name: str
@@ -65,6 +88,7 @@ class Run:
     metrics: Sequence[Row]
     evaluations: Sequence[Evaluation]
     summary: Row | None
+    verdict: Verdict
     notes: Sequence[str]
 
     @property
@@ -83,15 +107,16 @@ class Run:
         """Steps done, and steps planned where the configuration says so (a billion is no plan)."""
         planned = number(self.config.get("train", {}), "steps")
         planned = None if planned is None or planned >= ENDLESS else planned
-        done = number(self.summary or {}, "steps")
-        if done is None:
-            done = float(self.metrics[-1]["step"]) if self.metrics else 0.0
-        return int(done), None if planned is None else int(planned)
+        return _steps_done(self.summary, self.metrics), None if planned is None else int(planned)
 
     def spent(self, key: str) -> float | None:
         """`generated_tokens` or `seconds` of the whole run so far."""
         value = number(self.summary or {}, key)
         return value if value is not None else number(self.metrics[-1], key) if self.metrics else None
+
+    def held_out_rows(self) -> list[Evaluation]:
+        """Evaluations on the held-out questions, in order of step."""
+        return [row for row in self.evaluations if row.set == "held-out"]
 
     def held_out(self) -> tuple[Estimate | None, Estimate | None]:
         """Held-out exact match before training and after it, or at the last evaluation so far."""
@@ -99,7 +124,7 @@ class Run:
             where = str(self.folder / "summary.json")
             before = _estimate(self.summary.get("em_before"), where, None, "em_before")
             return before, _estimate(self.summary.get("em_after"), where, None, "em_after")
-        rows = [row for row in self.evaluations if row.set == "held-out"]
+        rows = self.held_out_rows()
         return (rows[0].em if rows else None), (rows[-1].em if len(rows) > 1 else None)
 
 
@@ -142,7 +167,7 @@ def read_run(folder: Path, control: bool = False) -> Run:
     return Run(
         folder=folder,
         name=str(known.get("name", config.get("name", folder.name))),
-        arm=str(known.get("arm") or config.get("arm") or _arm(config)),
+        arm=_label(str(known.get("arm") or config.get("arm") or ""), config),
         seed=int(number(known, "seed") or number(config, "seed") or 0),
         control=control,
         config=config,
@@ -151,6 +176,7 @@ def read_run(folder: Path, control: bool = False) -> Run:
         metrics=[row for _, row in metrics],
         evaluations=evaluations,
         summary=summary,
+        verdict=_verdict(evaluations, [row for _, row in metrics], summary is not None),
         notes=notes,
     )
 
@@ -293,7 +319,14 @@ def _evaluation(folder: Path, n: int, row: Row) -> Evaluation:
         by_hops=by_hops,
         searches=number(row, "searches"),
         unanswered=number(row, "unanswered"),
+        invalid=number(row, "invalid"),
+        by_question=_by_question(row.get("em_by_question")),
     )
+
+
+def _by_question(values: object) -> list[float]:
+    good = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    return [float(v) for v in values] if good and isinstance(values, list) else []
 
 
 def _estimate(value: object, file: str, row: int | None, field: str) -> Estimate | None:
@@ -306,10 +339,30 @@ def _estimate(value: object, file: str, row: int | None, field: str) -> Estimate
     return Estimate(point, number(value, "low"), number(value, "high"), None if n is None else int(n))
 
 
-def _arm(config: Mapping[str, Any]) -> str:
-    """A name for a run without a named arm: what its correction is."""
-    method = config.get("method", {})
-    return str(method.get("realignment", "paper")) if method.get("probe", True) else "grpo"
+def _label(name: str, config: Mapping[str, Any]) -> str:
+    """A run's algorithm or ablation, by its name of today; without one, the algorithm that it was."""
+    if not name:
+        algorithm = config.get("algorithm")
+        name = str(algorithm.get("name", "")) if isinstance(algorithm, Mapping) else ""
+    if not name:
+        method = config.get("method") or {}
+        correction = str(method.get("realignment", "paper")) if method.get("probe", True) else ""
+        name = CORRECTIONS.get(correction, correction) or "grpo"
+    return ARMS.get(name, name)
+
+
+def _verdict(evaluations: Sequence[Evaluation], metrics: Sequence[Row], finished: bool) -> Verdict:
+    """`verdict.judge` of rows in which anything that is no number is left out."""
+    steps = [{key: value for key in row if (value := number(row, key)) is not None} for row in metrics]
+    held_out = [row for row in evaluations if row.set == "held-out"]
+    paired = len({len(row.by_question) for row in held_out}) == 1
+    rows = [{"em_by_question": row.by_question, "unanswered": row.unanswered} for row in held_out]
+    return judge(rows if paired else [], steps, finished)
+
+
+def _steps_done(summary: Row | None, metrics: Sequence[Row]) -> int:
+    done = number(summary or {}, "steps")
+    return int(done if done is not None else metrics[-1]["step"] if metrics else 0)
 
 
 def _note(notes: list[str], text: str) -> None:

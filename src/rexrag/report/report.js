@@ -66,7 +66,7 @@ function draw(chart, place) {
   Plotly.purge(node);
   node.replaceChildren();
   if (traces.length) Plotly.newPlot(node, painted(traces), layoutOf(chart, node, traces), CONFIG);
-  else node.append(el("p", {class: "quiet"}, "This arm recorded none of it."));
+  else node.append(el("p", {class: "quiet"}, "This algorithm recorded none of it."));
 }
 
 const drawAll = () => DATA.charts.forEach(draw);
@@ -83,9 +83,9 @@ const filters = byId("filters");
 if (!list) return;
 
 const rollouts = DATA.rollouts;
-const right = (r) => r.outcome === "rescued" || r.outcome.startsWith("right");
-const MARKS = {rescued: "\u2717\u2192\u2713", "right probe": "\u2713", "wrong probe": "\u2717", right: "\u2713", wrong: "\u2717"};
-const SPOKEN = {rescued: "dead end turned right", "right probe": "right", "wrong probe": "still wrong", right: "right", wrong: "wrong"};
+const right = (r) => r.outcome === "recovered" || r.outcome.startsWith("right");
+const MARKS = {recovered: "\u2717\u2192\u2713", "right probe": "\u2713", "wrong probe": "\u2717", right: "\u2713", wrong: "\u2717"};
+const SPOKEN = {recovered: "dead end recovered", "right probe": "right", "wrong probe": "still wrong", right: "right", wrong: "wrong"};
 
 function haystack(r) {
   if (!r.haystack) {
@@ -105,7 +105,7 @@ function matching() {
   const words = want.text.toLowerCase().split(/\s+/).filter(Boolean);
   const tests = {
     probe: (r) => r.probe, base: (r) => !r.probe,
-    rescued: (r) => r.outcome === "rescued", right, wrong: (r) => !right(r),
+    recovered: (r) => r.outcome === "recovered", right, wrong: (r) => !right(r),
   };
   return rollouts.filter((r) =>
     (!want.kind || tests[want.kind](r)) && (!want.answer || tests[want.answer](r)) &&

@@ -1,7 +1,7 @@
-"""Choose the rollouts a page shows, and lay each probe beside the dead end it branched from.
+"""Choose the rollouts that a page shows, and put each probe beside the dead end it branched from.
 
-The file may hold far more than a page can carry, so it is streamed twice: once for short keys to choose from,
-once for the texts of those chosen and of their parents.
+The file may hold more than fits a page, so it is read twice: first for the keys to choose from, then for the
+texts of the chosen rollouts and of their parents.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ TEXT_CAP = 8000
 """Characters of one segment a page carries."""
 
 ORIGINS = tuple(origin.name.lower() for origin in Origin)
-OUTCOMES = ("rescued", "right probe", "wrong probe", "right", "wrong")
-"""What a rollout shows, in the order the page lists it; `rescued`: a right probe of a wrong parent."""
+OUTCOMES = ("recovered", "right probe", "wrong probe", "right", "wrong")
+"""What a rollout shows, in the order the page lists it; `recovered`: a right probe of a wrong parent."""
 
 Segment = dict[str, Any]
 Place = tuple[int, str, int]
@@ -81,7 +81,7 @@ def _keys(run_number: int, run: Run, notes: list[str]) -> Iterable[_Key]:
             above = rows.get((step, "base", -1 if parent is None else parent))
             # A parent that was not recorded was probed all the same, so it was a dead end.
             dead = above is None or not above[1]
-            outcome = ("rescued" if dead else "right probe") if right else "wrong probe"
+            outcome = ("recovered" if dead else "right probe") if right else "wrong probe"
         yield _Key(run_number, n, step, index, outcome, parent if kind == "probe" else None)
 
 

@@ -1,4 +1,4 @@
-"""Numbers over runs: which runs make an arm, curves over seeds, means and their intervals."""
+"""Numbers over runs: which runs are seeds of one arm, and curves over seeds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, stdev
+from statistics import fmean
 
 from rexrag.report.read import Evaluation, Run, number
 
@@ -16,13 +16,10 @@ ARM_COLORS = ("--arm0", "--arm1", "--arm2", "--arm3", "--arm4", "--arm5")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 CONTROL_STYLE = ("--control", "circle-open")
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond the table the normal's.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
-
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Runs that differ by seed only, and how they are drawn."""
+    """An algorithm or ablation: runs that differ by seed only, and how they are drawn."""
 
     name: str
     color: str
@@ -35,10 +32,9 @@ class Arm:
 
 
 def group_arms(runs: Sequence[Run], baseline: str = "grpo") -> list[Arm]:
-    """Runs by arm, in order of appearance: those of one arm differ by seed alone.
+    """Runs by arm, in order of appearance; runs of one arm differ by seed alone.
 
-    A control of the same name as its run's arm is kept apart, and so are runs of an arm under other settings.
-
+    Kept apart: a control with the same name as its run's arm, and runs of an arm under other settings.
     baseline: the arm that others are compared with, where several were trained.
     """
     trained = {run.arm for run in runs if not run.control}
@@ -58,21 +54,16 @@ def group_arms(runs: Sequence[Run], baseline: str = "grpo") -> list[Arm]:
 
 
 def _settings(run: Run) -> str:
-    """What runs of one arm share; a seed may make a world of its own."""
+    """What runs of one arm share; a seed may generate a world of its own."""
     data = dict(run.config.get("data", {}))
     if not data.get("train"):
         data.pop("world_seed", None)
-    sections = {name: run.config.get(name) for name in ("policy", "retriever", "agent", "method", "learner")}
+    sections = {
+        name: run.config.get(name)
+        for name in ("policy", "retriever", "agent", "algorithm", "method", "learner")
+    }
     questions = run.config.get("train", {}).get("questions")
     return json.dumps([data, sections, questions], sort_keys=True, default=str)
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half-width of its 95 % t-interval; no interval below three values, where it says nothing."""
-    if len(values) < 3:
-        return fmean(values), None
-    t = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
-    return fmean(values), t * stdev(values) / len(values) ** 0.5
 
 
 def series(run: Run, key: str, x: str = "step") -> Points:
@@ -98,19 +89,19 @@ def _table(run: Run, key: str, x: str) -> dict[float, tuple[float, float]]:
 
 
 def aligned(seeds: Sequence[Sequence[Evaluation]], curves: Sequence[Points]) -> list[Points]:
-    """One column of (tokens, EM) a seed, for each evaluation they share.
+    """For each evaluation that the seeds share, the (spent, EM) of every seed.
 
-    Seeds that were evaluated at the same steps are paired by step. Otherwise (a budget of tokens ends each
-    seed at a step of its own) each seed is read off, linearly, at the tokens of the one with the fewest rows.
+    Seeds evaluated at the same steps are paired by step. Otherwise (a budget of tokens ends each seed at
+    another step) every curve is interpolated linearly at the points of the curve with the fewest rows.
     """
     if all([row.step for row in rows] == [row.step for row in seeds[0]] for rows in seeds):
         return [list(column) for column in zip(*curves, strict=True)]
     first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
     grid = [at for at, _ in min(curves, key=len) if first <= at < last] + [last] * (last >= first)
-    return [[(at, _read_off(curve, at)) for curve in curves] for at in grid]
+    return [[(at, _interpolated(curve, at)) for curve in curves] for at in grid]
 
 
-def _read_off(curve: Points, at: float) -> float:
+def _interpolated(curve: Points, at: float) -> float:
     for (x0, y0), (x1, y1) in pairwise(curve):
         if x0 <= at <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (at - x0) / (x1 - x0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 import signal
 import sys
@@ -21,11 +20,10 @@ import torch
 from rexrag.agent.episode import Codec
 from rexrag.config.algorithms import Probing
 from rexrag.config.schema import Config
-from rexrag.errors import CheckpointError, DataError
+from rexrag.errors import CheckpointError, DataError, TrainingError
 from rexrag.io import write_json
 from rexrag.method.probing import adaptive_probability, update_probe_success
 from rexrag.retrieval import make_retriever
-from rexrag.stats import interval
 from rexrag.training.callbacks import Events, Observer, load_callbacks
 from rexrag.training.components import Components, Data, Plugins, build
 from rexrag.training.metrics import describe, diagnose
@@ -40,7 +38,9 @@ from rexrag.training.run_folder import (
     truncate_logs,
 )
 from rexrag.training.step import collect
+from rexrag.training.summary import write_summary
 from rexrag.training.validation import evaluate
+from rexrag.training.verdict import NonFiniteWatch
 from rexrag.types import Question, StepBatch
 
 COUNTS = ("step", "generated_tokens", "prefilled_tokens", "spent_tokens", "rollouts")
@@ -90,6 +90,7 @@ def train(
     With `resume`, continue from the newest whole checkpoint; on a CPU the result is bit for bit that of a run
     that was never stopped. With `restart`, what a run left that had saved nothing makes way, once all else is
     known to be well. An interrupt finishes the step, saves, and raises KeyboardInterrupt.
+    Several updates in a row that are not finite end the run with a TrainingError that names the likely cause.
     Raises RexragError with one line.
     """
     if config.train.threads:
@@ -119,11 +120,14 @@ def _run(
     events.started(config, folder)
     if progress.step == 0 and not resume:
         _evaluate(config, components, folder, progress, events)
+    watch = NonFiniteWatch()
     with _interrupts() as interrupted:
         while not _finished(config, progress):
             before = progress.done(config)
             row = _step(config, components, folder, progress)
             events.stepped(row, progress.done(config))
+            if stop := watch.too_many(row):
+                raise TrainingError(f"{folder}: {stop}")
             last = _finished(config, progress)
             if last or _evaluation_due(config, before, progress.done(config)):
                 _evaluate(config, components, folder, progress, events)
@@ -304,28 +308,7 @@ def _restore(folder: Path, components: Components) -> Progress:
 
 def summarise(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
     """Write `summary.json` from what the run folder holds."""
-    evaluations: list[dict[str, Any]] = []
-    fresh: list[dict[str, Any]] = []
-    if (folder / "eval.jsonl").exists():
-        lines = (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()
-        for row in map(json.loads, lines):
-            (evaluations if row["set"] == "held-out" else fresh).append(row)
-    summary: dict[str, Any] = {
-        "name": config.name,
-        "arm": config.label,
-        "seed": config.seed,
-        "steps": progress.step,
-        **position(progress),
-    }
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        pairs = zip(first["em_by_question"], last["em_by_question"], strict=True)
-        rise = interval([after - before for before, after in pairs])
-        summary |= {"em_before": first["em"], "em_after": last["em"], "rise": rise}
-    if fresh:
-        summary |= {"em_fresh_before": fresh[0]["em"], "em_fresh_after": fresh[-1]["em"]}
-    write_json(folder / "summary.json", summary)
-    return summary
+    return write_summary(config, folder, position(progress))
 
 
 @contextmanager
