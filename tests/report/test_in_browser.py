@@ -109,10 +109,10 @@ def test_filters_narrow_the_list(page: Browser) -> None:
     total = int(page.run(SHOWN))
     probes = choose(page, "kind", "probe")
     assert 0 < probes < total
-    rescued = choose(page, "answer", "rescued")
-    assert 0 < rescued < probes
+    recovered = choose(page, "answer", "recovered")
+    assert 0 < recovered < probes
     assert page.run("document.querySelector('#list .mark').textContent") == "✗→✓"
-    assert page.run("document.getElementById('count').textContent") == f"{rescued} of {total}"
+    assert page.run("document.getElementById('count').textContent") == f"{recovered} of {total}"
     assert "Parent: the dead end" in page.run("document.getElementById('detail').textContent")
     assert page.run("document.querySelector('#detail .dead del').textContent").strip().startswith("<answer>")
     choose(page, "kind", "")

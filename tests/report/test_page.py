@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from rexrag.errors import DataError
 from rexrag.report import write_report
+from rexrag.report.comparison import paired
 from rexrag.report.formatting import compact, duration
-from rexrag.report.headline import _paired
 from rexrag.report.page import json_block
 from rexrag.report.read import read_runs
 from rexrag.report.series import group_arms
@@ -109,9 +109,9 @@ def test_the_control_is_named_wherever_it_stands_and_nothing_else_is_called_one(
     grpo = write_run(tmp_path / "grpo", arm="grpo", steps=6, end=0.5)
     other = write_run(tmp_path / "other", steps=6, end=0.6)
     assert "above its control" in page_of(grpo, other).text
-    third = write_run(tmp_path / "third", arm="paper", steps=6, end=0.5)
+    third = write_run(tmp_path / "third", arm="rex-rag", steps=6, end=0.5)
     text = page_of(other, third).text
-    assert "above paper" in text and "its control" not in text
+    assert "above rex-rag" in text and "its control" not in text
 
 
 def test_runs_of_an_arm_under_other_settings_are_no_seeds_of_it(tmp_path: Path) -> None:
@@ -120,18 +120,20 @@ def test_runs_of_an_arm_under_other_settings_are_no_seeds_of_it(tmp_path: Path) 
     config.write_text(config.read_text() + "[learner]\nlr = 0.1\n")
     arms = group_arms(read_runs(folders))
     assert [(arm.name, len(arm.runs)) for arm in arms] == [
-        ("internalize", 2), ("internalize · settings 2", 1)
+        ("rex-rag-distill", 2), ("rex-rag-distill · settings 2", 1)
     ]  # fmt: skip
 
 
 def test_a_run_that_is_still_going_is_in_no_pair(tmp_path: Path) -> None:
     folders = [
-        write_run(tmp_path / f"{arm}{s}", arm=arm, seed=s, steps=6, finished=(arm, s) != ("internalize", 1))
-        for arm in ("internalize", "grpo")
+        write_run(
+            tmp_path / f"{arm}{s}", arm=arm, seed=s, steps=6, finished=(arm, s) != ("rex-rag-distill", 1)
+        )
+        for arm in ("rex-rag-distill", "grpo")
         for s in range(2)
     ]
     arm, base = group_arms(read_runs(folders))
-    assert len(_paired(arm, base)) == 1
+    assert len(paired(arm, base)) == 1
 
 
 def test_a_run_that_is_still_going_makes_a_page_that_says_so(tmp_path: Path) -> None:
@@ -154,13 +156,13 @@ def test_a_run_before_its_first_step_makes_a_page(tmp_path: Path) -> None:
 def test_several_seeds_show_the_mean_and_the_paired_difference(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / f"{arm}{s}", arm=arm, seed=s, steps=6)
-        for arm in ("internalize", "grpo")
+        for arm in ("rex-rag-distill", "grpo")
         for s in range(3)
     ]
     ends = {f.name: json.loads((f / "summary.json").read_text())["em_after"]["value"] for f in folders}
-    gap = sum(ends[f"internalize{s}"] - ends[f"grpo{s}"] for s in range(3)) / 3
+    gap = sum(ends[f"rex-rag-distill{s}"] - ends[f"grpo{s}"] for s in range(3)) / 3
     text = page_of(*folders).text
-    assert "EM after − grpo, paired" in text and f"{100 * gap:+.1f}".replace("-", "−") in text
+    assert "EM after minus grpo, points" in text and f"{100 * gap:+.1f}".replace("-", "−") in text
     assert "seeds 0, 1, 2" in text and "6 run folders" in text
 
 
@@ -223,3 +225,52 @@ def test_durations_in_words(value: float | None, said: str) -> None:
 def test_a_run_that_never_was_right_has_a_page(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / arm, arm=arm, steps=3, start=0.0, end=0.0) for arm in ("a", "grpo")]
     assert write_report(folders, tmp_path / "page.html").stat().st_size > 0
+
+
+OLD_RUN = Path(__file__).parents[1] / "support" / "run-0.1.0"
+"""A run of version 0.1.0 with its arm `rex-rag-rescue`: five steps, a few of its rollouts."""
+
+
+def test_a_run_of_version_0_1_0_makes_a_page_under_todays_name(tmp_path: Path) -> None:
+    out = write_report([OLD_RUN], tmp_path / "page.html")
+    page = Page(out.read_text(encoding="utf-8"))
+    assert "rex-rag-distill" in page.text and json.loads(page.scripts[0])["rollouts"]
+    summary = json.loads((OLD_RUN / "summary.json").read_text(encoding="utf-8"))
+    assert f"Learned: held-out EM rose by {100 * summary['rise']['value']:.1f} points" in page.text
+
+
+def first_line(page: Page) -> str:
+    """The text of the page's first heading."""
+    return page.text.split("Skip to the rollouts ")[1]
+
+
+def test_the_first_line_of_a_page_is_the_verdict(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=6)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    silent = [row | {"updates": 0, "groups/no_signal": 1.0, "em/train": 0.0} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in silent))
+    page = page_of(folder)
+    assert first_line(page).startswith("No group had a signal in 6 of 6 steps, so no weight changed.")
+    assert "Likely cause: the rollouts of a question were all wrong" in page.text
+
+
+def compared(value: float, gap: dict[str, float] | None) -> dict[str, object]:
+    measure = {"em_at_budget": {"value": value, "low": value - 0.02, "high": value + 0.02, "n": 6}}
+    spent = {"generated_tokens": 1000.0, "seconds": 4210.0, "runs": [], "diagnostics": {}}
+    return measure | spent | ({"em_at_budget_difference": gap} if gap else {})
+
+
+def test_the_page_of_a_comparison_shows_the_numbers_of_its_json(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / arm, arm=arm, steps=6) for arm in ("grpo", "rex-rag-distill")]
+    gap = {"value": 0.107, "low": 0.041, "high": 0.173, "n": 6, "p": 0.031}
+    result = {
+        "control": "grpo", "seeds": [1, 2, 3, 4, 5, 6], "budget": "generated", "amount": 60000,
+        "arms": {"grpo": compared(0.4, None), "rex-rag-distill": compared(0.507, gap)},
+        "warnings": ["rex-rag-distill: its last step went 30% past the budget; take a larger one."],
+    }  # fmt: skip
+    page = Page(write_report(folders, tmp_path / "page.html", "grpo", result).read_text(encoding="utf-8"))
+    said = "rex-rag-distill: EM at budget 10.7 points above grpo, significantly different from 0."
+    assert first_line(page).startswith(said)
+    assert "+10.7 * [+4.1, +17.3], p = 0.031" in page.text.replace("+10.7*", "+10.7 *")
+    assert "past the budget" in page.text and "budget 60,000 generated tokens" in page.text
+    assert "1 h 10 min" in page.text

@@ -18,7 +18,7 @@ def rewrite(path: Path, change: dict[int, str]) -> None:
 
 def test_a_finished_run(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", steps=12, seed=3))
-    assert (run.arm, run.seed, run.finished, run.steps()) == ("internalize", 3, True, (12, 12))
+    assert (run.arm, run.seed, run.finished, run.steps()) == ("rex-rag-distill", 3, True, (12, 12))
     assert [row["step"] for row in run.metrics] == list(range(1, 13))
     assert run.spent("generated_tokens") == 12 * 4300
     assert not run.notes
@@ -44,15 +44,15 @@ def test_a_run_that_is_still_going_says_so(tmp_path: Path) -> None:
     assert run.held_out() == (held_out[0].em, held_out[-1].em)
 
 
-def test_an_unnamed_arm_is_named_by_its_correction(tmp_path: Path) -> None:
+def test_a_run_without_a_name_is_named_by_the_algorithm_that_it_was(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", arm="grpo", steps=2)
     rewrite(folder / "summary.json", {1: '{"name": "run", "arm": "", "steps": 2, "rise": 0.1}'})
     assert read_run(folder).arm == "grpo" and read_run(folder).held_out() == (None, None)
     write_run(tmp_path / "other", steps=2, finished=False)
-    assert read_run(tmp_path / "other").arm == "internalize"
+    assert read_run(tmp_path / "other").arm == "rex-rag-distill"
     config = (folder / "config.toml").read_text()
     (folder / "config.toml").write_text('arm = "resample"\n' + config)
-    assert read_run(folder).arm == "resample"
+    assert read_run(folder).arm == "probe-without-cue"
 
 
 def test_a_run_before_its_first_step(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_damage_before_the_end_names_file_and_row(tmp_path: Path, name: str, lin
 def test_the_control_comes_after_its_run_and_a_folder_named_twice_comes_once(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=4, control=True)
     runs = read_runs([folder, tmp_path / "run" / ".." / "run", folder / "control"])
-    assert [(run.arm, run.control) for run in runs] == [("internalize", False), ("grpo", True)]
+    assert [(run.arm, run.control) for run in runs] == [("rex-rag-distill", False), ("grpo", True)]
 
 
 def test_rollouts_cross_frames_and_stop_at_a_torn_one(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_probe_is_laid_out_as_shared_prefix_dead_end_and_branch(tmp_path: Path
     )
     chosen, notes = choose(tmp_path / "run", [parent, probe])
     first = chosen.records[0]
-    assert not notes and [record["outcome"] for record in chosen.records] == ["rescued", "wrong"]
+    assert not notes and [record["outcome"] for record in chosen.records] == ["recovered", "wrong"]
     assert texts(first["shared"]) == [*texts(begin), ("policy", "so tarn ")]
     assert texts(first["parent"]["rest"]) == [("policy", "<answer> tarn </answer>")]
     assert texts(first["rest"]) == texts(branch)
@@ -70,7 +70,7 @@ def test_base_rollouts_and_probes_are_counted_apart(tmp_path: Path) -> None:
         for i in (0, 1)
     ]
     chosen, _ = choose(tmp_path / "run", [*bases, *probes])
-    assert chosen.recorded["rescued"] == 2 and chosen.recorded["wrong"] == 2
+    assert chosen.recorded["recovered"] == 2 and chosen.recorded["wrong"] == 2
     for record in chosen.records[:2]:
         assert record["parent"]["index"] == 1 - record["index"]
         assert texts(record["parent"]["rest"]) == [("policy", f"base {1 - record['index']}")]
@@ -83,7 +83,7 @@ def test_a_parent_of_another_step_or_unrecorded_is_not_taken(tmp_path: Path) -> 
     )
     record = choose(tmp_path / "run", [other, probe])[0].records[0]
     assert record["probe"] and record["parent"] is None and texts(record["shared"]) == [("policy", "x ")]
-    assert record["outcome"] == "rescued"
+    assert record["outcome"] == "recovered"
 
 
 def test_a_probe_of_a_right_parent_is_no_rescue(tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_the_cap_is_shared_over_outcomes_and_steps(tmp_path: Path) -> None:
     rows += [rollout(step, 1, "base", QUESTION, [], "tarn") for step in range(1, 101)]
     rows += [rollout(step, 2, "probe", QUESTION, [], "oskel", parent=1, cut=0) for step in (5, 50)]
     chosen, _ = choose(tmp_path / "run", rows, cap=22)
-    assert chosen.shown == {"rescued": 2, "right probe": 0, "wrong probe": 0, "right": 10, "wrong": 10}
-    assert chosen.recorded == {"rescued": 2, "right probe": 0, "wrong probe": 0, "right": 100, "wrong": 100}
+    assert chosen.shown == {"recovered": 2, "right probe": 0, "wrong probe": 0, "right": 10, "wrong": 10}
+    assert chosen.recorded == {"recovered": 2, "right probe": 0, "wrong probe": 0, "right": 100, "wrong": 100}
     assert Counter(record["outcome"] for record in chosen.records) == Counter(
         {name: count for name, count in chosen.shown.items() if count}
     )

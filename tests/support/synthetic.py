@@ -32,7 +32,7 @@ def interval(value: float, n: int = 300) -> Json:
 def write_run(
     folder: Path,
     *,
-    arm: str = "internalize",
+    arm: str = "rex-rag-distill",
     seed: int = 0,
     steps: int = 60,
     start: float = 0.31,

@@ -41,7 +41,7 @@ def live_line(console: Console, *columns: ProgressColumn, width: int = 10, note:
     last = [TextColumn("{task.fields[note]}", table_column=_cropped(ratio=1))] if note else []
     return Progress(
         TextColumn("[bold]{task.description}", table_column=_cropped(max_width=20)),
-        BarColumn(bar_width=width),
+        BarColumn(bar_width=width, table_column=Column(width=width)),
         *columns,
         TimeElapsedColumn(),
         TextColumn("eta"),
@@ -244,7 +244,7 @@ SUMMARY_MEASURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "time": lambda s: duration(s["seconds"]),
 }
 """Rows of the result of `rexrag train`: name -> what stands there of a run's `summary.json`."""
-STACKED = 4
+STACKED = 3
 """From this many arms on, an interval stands under its value."""
 
 
@@ -264,7 +264,7 @@ def comparison_table(result: dict[str, Any]) -> Table:
         rows.append((f"{title}, %", *cells(name, format_interval, NONE)))
         if any(f"{name}_difference" in figures for figures in arms.values()):
             gaps = cells(f"{name}_difference", _gap, "")
-            rows.append((f"  minus {result['control']}, points", *gaps))
+            rows.append((f"  minus {result['control']}", *gaps))
     for name, title in DIAGNOSTIC_NAMES.items():
         found = [figures["diagnostics"].get(name) for figures in arms.values()]
         if any(value is not None for value in found):
@@ -272,7 +272,7 @@ def comparison_table(result: dict[str, Any]) -> Table:
     for title, say in SPENT_MEASURES.items():
         rows.append((title, *(say(figures) for figures in arms.values())))
     title = f"Held-out EM, {len(result['seeds'])} seeds, budget {budget_name(result)}; 95 % intervals"
-    title += "\n*: significantly different from 0 (the interval excludes 0 and p ≤ .05)"
+    title += f"\nminus {result['control']}: paired by seed, in points; *: significantly different from 0"
     return table(title, ("mean over seeds", *arms), rows, narrow=True)
 
 
@@ -286,7 +286,8 @@ SPENT_MEASURES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def _gap(gap: Mapping[str, float]) -> str:
-    return format_points(gap) + ("*" if differs(gap) else "")
+    value, space, ends = format_points(gap).partition(" ")
+    return f"{value}{'*' if differs(gap) else ''}{space}{ends}"
 
 
 def dry_run_tables(facts: dict[str, Any]) -> Iterable[Table | str]:

@@ -18,11 +18,11 @@ from rexrag.errors import RunFolderError
 from rexrag.stats import area, difference, differs, interval
 
 MEASURES = {
-    "em_at_budget": "EM at the budget",
-    "em_half": "EM at half the budget",
-    "area": "EM, mean up to the budget",
-    "em": "EM after the last step",
-    "em_fresh": "EM in a second world",
+    "em_at_budget": "EM at budget",
+    "em_half": "EM at half budget",
+    "area": "mean EM to budget",
+    "em": "EM after",
+    "em_fresh": "EM, second world",
     **{f"em_{hops}_hop": f"EM, {hops} hop" for hops in range(1, 5)},
 }
 """Figures of a run that are compared in pairs, where it has them, and their names.
@@ -43,7 +43,7 @@ DIAGNOSTICS = (
 DIAGNOSTIC_NAMES = {
     "dead_ends/rate": "dead ends",
     "groups/all_wrong_before": "groups all wrong",
-    "groups/all_wrong_after": "… with the probes",
+    "groups/all_wrong_after": "… after probes",
     "probes/success": "probes right",
     "probes/kept_share": "probes kept",
 }
@@ -83,7 +83,7 @@ def findings(result: Mapping[str, Any]) -> list[str]:
             continue
         side = "above" if gap["value"] >= 0 else "below"
         found.append(
-            f"{arm}: EM at the budget {abs(100 * gap['value']):.1f} points {side} {control}, "
+            f"{arm}: EM at budget {abs(100 * gap['value']):.1f} points {side} {control}, "
             f"{'' if differs(gap) else 'not '}significantly different from 0."
         )
     return found

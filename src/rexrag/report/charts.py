@@ -328,7 +328,7 @@ CHARTS: tuple[Maker, ...] = (
     ),
     _per_metric(
         "Tokens by origin",
-        "Only policy tokens are generated; cue, evidence and notice are inserted.",
+        "Look at the share that is generated, policy; cue, evidence and notice are inserted.",
         (
             Line("tokens/policy", "policy", "--policy"),
             Line("tokens/evidence", "evidence", "--evidence"),
@@ -356,7 +356,7 @@ CHARTS: tuple[Maker, ...] = (
     ratio_chart,
     _per_metric(
         "Gradient by segment",
-        "Each segment's share of the sum of their gradient norms, at the diagnosed steps "
+        "Look for the segment with the largest share of the gradient norms, at the diagnosed steps "
         "(train.diagnose_every).",
         tuple(Line(f"gradient/{line.key}", line.name, line.color, line.dash) for line in SEGMENTS),
         "of the norms",

@@ -96,6 +96,7 @@ def _outcome(arms: Sequence[Arm], comparison: Comparison | None) -> str:
         (run, *more) = [*lead.runs, *(run for arm in others for run in arm.runs)]
         verdict = run.verdict
         first, rest = verdict.sentence, [verdict.line.removeprefix(verdict.sentence).strip()]
+        first = f"{run.arm}: {first}" if more else first
         rest += [f"{other.label}: {other.verdict.line}" for other in more]
     else:
         learned = sum(run.verdict.kind == "learned" for arm in arms for run in arm.runs)
@@ -122,17 +123,17 @@ def _cards(run: Run, against: Arm | None) -> str:
     before, after = run.held_out()
     theirs = control.held_out() if control else (None, None)
     n = next((end.n for end in (after, before) if end and end.n), None)
-    after_note = f"{interval(after)}<br>{f'{n} questions, ' if n else ''}95 % interval"
+    after_note = f"{interval(after)}<br>{f'{n} held-out questions, ' if n else ''}95 % interval"
     cards = [
-        ("Held-out EM before, %", points(before), interval(before), points(theirs[0])),
+        ("EM before, %", points(before), interval(before), points(theirs[0])),
         (
-            f"Held-out EM {'after' if run.finished else 'so far'}, %",
+            f"EM {'after' if run.finished else 'so far'}, %",
             points(after),
             after_note,
             f"{points(theirs[1])} {interval(theirs[1])}",
         ),
         ("Rise, points", signed(rise(run)), _rise_interval(run), signed(rise(control)) if control else ""),
-        ("No answer, %", _unanswered(run), "before → after", _unanswered(control) if control else ""),
+        ("No answer, %", *_unanswered(run), _unanswered(control)[0] if control else ""),
         ("Generated tokens", *_spent(run, control, "generated_tokens", compact), "filtered probes included"),
         ("Time", *_spent(run, control, "seconds", duration), _progress(run)),
     ]
@@ -157,10 +158,12 @@ def _rise_interval(run: Run) -> str:
     return signed_interval(Estimate(value, low, high))
 
 
-def _unanswered(run: Run) -> str:
-    rows = run.held_out_rows()
-    shares = [row.unanswered for row in (rows[:1] + rows[-1:] if len(rows) > 1 else rows)]
-    return " → ".join(NONE if share is None else f"{100 * share:.1f}" for share in shares) or NONE
+def _unanswered(run: Run) -> tuple[str, str]:
+    """Held-out questions without an answer: at the last evaluation, and a note of those before training."""
+    shares = [row.unanswered for row in run.held_out_rows() if row.unanswered is not None]
+    if not shares:
+        return NONE, ""
+    return f"{100 * shares[-1]:.1f}", f"of held-out questions; before: {100 * shares[0]:.1f}"
 
 
 def _spent(run: Run, control: Run | None, key: str, say: Callable[[float | None], str]) -> tuple[str, str]:

@@ -212,7 +212,7 @@ def dropped_line(row: Row) -> str | None:
         return None
     all_of_them = dropped + int(row.get("updates") or 0)
     return (
-        f"step {row['step']}: {dropped} of {all_of_them} updates were dropped, their gradients are not finite"
+        f"step {row['step']}: {dropped} of {all_of_them} updates were dropped as not finite"
     )
 
 
