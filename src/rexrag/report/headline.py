@@ -90,7 +90,7 @@ def _outcome(arms: Sequence[Arm], comparison: Comparison | None) -> str:
     """The first line: the finding of a comparison, else the verdict on the run that is not the control."""
     if comparison is not None:
         first, *rest = findings(comparison) or ["One algorithm, nothing to compare."]
-        rest += comparison["warnings"]
+        rest += comparison.get("warnings", [])
     elif sum(len(arm.runs) for arm in arms) <= 2:
         lead, *others = sorted(arms, key=lambda arm: arm.is_control)
         (run, *more) = [*lead.runs, *(run for arm in others for run in arm.runs)]

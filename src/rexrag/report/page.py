@@ -22,7 +22,7 @@ from rexrag.io import write_bytes
 from rexrag.report.charts import Chart, make_charts
 from rexrag.report.formatting import compact
 from rexrag.report.headline import Comparison, evaluation_table, headline
-from rexrag.report.read import Run, read_runs
+from rexrag.report.read import COMPARISON, Run, read_comparison, read_runs
 from rexrag.report.rollouts import CAP, Chosen, choose_rollouts
 from rexrag.report.series import Arm, group_arms
 
@@ -32,13 +32,19 @@ def write_report(
 ) -> Path:
     """Write one self-contained page about `runs` (and the `control/` run inside each) to `out`.
 
+    The one folder of a comparison (`rexrag compare --out`) stands for its runs and its figures.
+
     out: the file, or a folder in which `report.html` is written. control: the algorithm that others are
     compared with. comparison: what `experiments.analysis.compare` found in these runs; the page then shows
     its figures, and draws every curve against its budget. Runs that are still going are shown so far.
     Returns the file. Raises DataError where a folder is no run folder or a file is damaged.
     """
     out = Path(out) / "report.html" if Path(out).is_dir() else Path(out)
-    found = read_runs([Path(run) for run in runs])
+    folders = [Path(run) for run in runs]
+    if comparison is None and len(folders) == 1 and (folders[0] / COMPARISON).is_file():
+        comparison, folders = read_comparison(folders[0])
+        control = str(comparison["control"])
+    found = read_runs(folders)
     missing: list[list[str]] = [[] for _ in found]
     chosen = choose_rollouts(found, missing)
     found = [replace(run, notes=[*run.notes, *more]) for run, more in zip(found, missing, strict=True)]

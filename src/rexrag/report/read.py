@@ -18,10 +18,12 @@ import zstandard
 
 from rexrag.config.schema import ENDLESS, SPENT
 from rexrag.errors import DataError
+from rexrag.experiments.analysis import run_folder
 from rexrag.training.verdict import Verdict, judge
 
 Row = Mapping[str, Any]
 
+COMPARISON = "compare.json"
 BESIDE_CONFIG = ("environment.json", "metrics.jsonl", "eval.jsonl", "summary.json")
 """A run folder holds config.toml and at least one of these."""
 
@@ -146,6 +148,19 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
                 seen.add(path.resolve())
                 runs.append(read_run(path, control))
     return runs
+
+
+def read_comparison(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """What `rexrag compare` found in `folder`, and its run folders.
+
+    Raises DataError where the file is damaged.
+    """
+    file = folder / COMPARISON
+    found = _json_object(file) or {}
+    missing = [key for key in ("control", "seeds", "budget", "amount", "arms") if key not in found]
+    if missing or not isinstance(found["arms"], dict):
+        raise DataError("expected what rexrag compare writes", file=file, field=(missing or ["arms"])[0])
+    return found, [run_folder(folder, arm, seed) for arm in found["arms"] for seed in found["seeds"]]
 
 
 def read_run(folder: Path, control: bool = False) -> Run:
