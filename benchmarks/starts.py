@@ -27,7 +27,7 @@ from rexrag.data.demonstrations import HARD_KINDS
 from rexrag.data.world.generator import World
 from rexrag.engine.loading import EMBEDDED, load_policy, resolve
 from rexrag.engine.sampling.policy import LocalPolicy
-from rexrag.experiments.diagnosis import CUE, RESAMPLE, Figure, Observed, describe, lines, observe
+from rexrag.experiments.diagnosis import WITH_CUE, WITHOUT_CUE, Figure, Observed, describe, lines, observe
 from rexrag.io import write_json
 from rexrag.retrieval.rankers.bm25 import BM25Retriever
 from rexrag.stats import share
@@ -44,8 +44,8 @@ def cue_variants() -> dict[str, list[str]]:
     rng = random.Random(0)
     words = [cue.split()[1:] for cue in pool]
     return {
-        RESAMPLE: [],
-        CUE: pool,
+        WITHOUT_CUE: [],
+        WITH_CUE: pool,
         "the doubts of its demonstrations": list(cue_pool("tiny_demo")),
         "a cue's words, shuffled": [" ".join(["<think>", *rng.sample(w, len(w))]) for w in words],
         "unrelated words": [" ".join(["<think>", *rng.choices(UNRELATED, k=len(w))]) for w in words],
@@ -65,7 +65,7 @@ def measure(policy: LocalPolicy, worlds: int, questions: int, seed: int) -> dict
         world = World(FIRST_WORLD + 1000 * seed + i)
         retriever = BM25Retriever.build(world.documents)
         asked = world.questions("held-out", questions, seed)
-        observe(policy, retriever, asked, config, rollouts=1, seed=i, cues=cue_variants(), into=seen)
+        seen.add(observe(policy, retriever, asked, config, rollouts=1, seed=i, cues=cue_variants()))
     by_hops = {}
     for hops in (1, 2, 3):
         right = [r.em == 1.0 for r in seen.greedy if r.question.hops == hops]

@@ -1,9 +1,9 @@
-"""What decides a comparison, of a scripted policy whose failings are known."""
+"""Diagnosis of a scripted policy whose failings are known."""
 
 import pytest
 
 from rexrag.config.files import parse_config
-from rexrag.experiments import diagnosis as prospects
+from rexrag.experiments import diagnosis
 from rexrag.stats import share
 from rexrag.types import Question
 from tests.support.fakes import FakeRetriever, ScriptedPolicy, document
@@ -27,33 +27,35 @@ def script(question, turn, attempt):
     return "</think><search>hard</search>" if turn == 0 else "<think>so</think><answer>Oslo</answer>"
 
 
-def test_prospects_of_a_policy_that_needs_cues():
+def test_diagnosis_of_a_policy_that_needs_cues():
     config = parse_config({}, ["agent.template=terse", "agent.cues=tiny"])
     policy = ScriptedPolicy(script)
     retriever = FakeRetriever({"hard": [document("Oslo", "the answer")]})
-    seen = prospects.observe(policy, retriever, [*EASY, *HARD], config)
-    figures = prospects.describe(seen, policy)
+    seen = diagnosis.observe(policy, retriever, [*EASY, *HARD], config)
+    figures = diagnosis.describe(seen, policy)
     shares = {name: (figure["value"], figure["n"]) for name, figure in figures.items()}
     assert shares["greedy EM"] == (3 / 7, 7)
     assert shares["hard questions: right by chance"] == (0.0, 8)
     assert shares["other questions: right"] == (1.0, 6)
     assert shares["dead ends"] == (8 / 14, 14)
-    assert shares["doubts by itself"] == (2 / 14, 14)
-    assert shares["dead ends recovered: resample, no cue"] == (0.0, 8)
-    assert shares["dead ends recovered: a cue of the pool"] == (1.0, 8)
-    assert shares["right answers that survive a cue"] == (0.0, 6)
+    assert shares["second thoughts without a cue"] == (2 / 14, 14)
+    assert shares["dead ends recovered: without a cue"] == (0.0, 8)
+    assert shares["dead ends recovered: with a cue of the pool"] == (1.0, 8)
+    assert shares["right answers that stay right after a cue"] == (0.0, 6)
     assert "AUC of mean cue log-prob for success" not in figures, "all succeed: nothing to tell apart"
-    assert len(prospects.lines(figures)) == len(figures)
+    assert len(diagnosis.lines(figures)) == len(figures)
     assert all(session.closed for session in policy.sessions)
 
 
 def test_hard_can_be_said_by_the_data():
     config = parse_config({}, ["agent.template=terse", "agent.cues=none"])
     policy = ScriptedPolicy(script)
-    seen = prospects.observe(policy, FakeRetriever({}), [*EASY, *HARD], config)
-    figures = prospects.describe(seen, policy, lambda question: question.id == "easy-0")
+    seen = diagnosis.observe(policy, FakeRetriever({}), [*EASY, *HARD], config)
+    figures = diagnosis.describe(seen, policy, lambda question: question.id == "easy-0")
     assert figures["hard questions: right by chance"]["n"] == 2
-    assert "right answers that survive a cue" not in figures and set(seen.probes) == {prospects.RESAMPLE}
+    assert "right answers that stay right after a cue" not in figures and set(seen.probes) == {
+        diagnosis.WITHOUT_CUE
+    }
 
 
 def test_share_is_wilson_s_interval():

@@ -167,7 +167,7 @@ def test_a_run_that_lacks_its_start_or_end_is_not_compared(tmp_path, monkeypatch
     experiment.run(make(), tmp_path)
     evaluations = tmp_path / "rex-rag" / "seed-2" / "eval.jsonl"
     evaluations.write_text("".join(evaluations.read_text().splitlines(keepends=True)[2:]))
-    with pytest.raises(RunFolderError, match=r"rex-rag/seed-2: eval\.jsonl does not go from the start"):
+    with pytest.raises(RunFolderError, match=r"rex-rag/seed-2: eval\.jsonl lacks step 0 or the last step"):
         experiment.run(make(), tmp_path)
 
 

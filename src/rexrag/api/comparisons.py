@@ -25,7 +25,7 @@ class Comparison:
         from rexrag.report import write_report
 
         page = Path(out) if out else self.folder / "report.html"
-        return write_report(list(self.runs), page, self.figures["control"], self.figures["budget"])
+        return write_report(list(self.runs), page, self.figures["control"], self.figures)
 
     def difference(self, algorithm: str) -> dict[str, float]:
         """Held-out EM at the budget against the control: {value, low, high, n, p}, paired by seed."""

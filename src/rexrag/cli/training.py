@@ -207,7 +207,7 @@ def compare(
         console.print(few_seeds(seeds))
     ahead = experiment.look_ahead(work, out)
     title = "The initial checkpoint: how it fails, and what probes make of it"
-    console.print(table(title, ("", "share, % [95 %]", "n"), diagnosis.lines(ahead)))
+    console.print(table(title, ("", "value [95 %]", "n"), diagnosis.lines(ahead)))
     result = experiment.run(work, out, jobs, console.print)
     folders = list(experiment.run_folders(work, out))
     page = write_report(folders, out / "report.html", work.arms[0], result)

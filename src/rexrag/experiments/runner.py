@@ -28,8 +28,8 @@ from rexrag.config.algorithms import Probing
 from rexrag.config.files import dump_toml
 from rexrag.config.schema import ENDLESS, Budget, Config
 from rexrag.errors import ConfigError, RunFolderError
-from rexrag.experiments import diagnosis as prospects
 from rexrag.experiments.analysis import compare, run_folder
+from rexrag.experiments.diagnosis import Figure, examine
 from rexrag.io import write_json, write_text
 from rexrag.training.run_folder import clear_unsaved, has_checkpoint
 
@@ -113,20 +113,20 @@ def _refuse(config: Config, arm: str, budget: Budget, amount: float) -> None:
         )
 
 
-def look_ahead(work: Plan, out: Path, questions: int = 150) -> dict[str, prospects.Figure]:
-    """What decides the outcome (see `prospects`), of the first arm's start in the first seed's data.
+def look_ahead(work: Plan, out: Path, questions: int = 150) -> dict[str, Figure]:
+    """Diagnosis (`diagnosis.examine`) of the first arm's initial checkpoint, on the first seed's data.
 
-    Kept in `prospects.json`, so that a comparison that goes on does not ask again.
+    Kept in `diagnosis.json`, so that a comparison that goes on does not ask again.
     """
     _claim(work, out)
-    file = out / "prospects.json"
+    file = out / "diagnosis.json"
     if file.is_file():
-        known: dict[str, prospects.Figure] = json.loads(file.read_text(encoding="utf-8"))
+        known: dict[str, Figure] = json.loads(file.read_text(encoding="utf-8"))
         return known
     config = work.configs[work.arms[0], work.seeds[0]]
     probing = next((c for c in work.configs.values() if _probes_with_cues(c)), config)
     changed = {"algorithm": probing.algorithm, "agent": probing.agent}
-    figures = prospects.examine(config.model_copy(update=changed), questions)
+    figures = examine(config.model_copy(update=changed), questions)
     write_json(file, figures)
     return figures
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from rexrag.config.schema import ENDLESS, SPENT
+from rexrag.config.upgrade import ARMS, algorithm_of
 from rexrag.errors import DataError
 from rexrag.experiments.analysis import run_folder
 from rexrag.training.verdict import Verdict, judge
@@ -26,19 +27,6 @@ Row = Mapping[str, Any]
 COMPARISON = "compare.json"
 BESIDE_CONFIG = ("environment.json", "metrics.jsonl", "eval.jsonl", "summary.json")
 """A run folder holds config.toml and at least one of these."""
-
-ARMS = {
-    "rex-rag-rescue": "rex-rag-distill",
-    "rex-rag-rescue-paper": "rex-rag-distill-probes",
-    "rex-rag-internalize": "rex-rag-context-distillation",
-    "rex-rag-internalize-truncated": "rex-rag-context-distillation-is",
-    "grpo-matched": "grpo-more-rollouts",
-    "resample": "probe-without-cue",
-    "probe-uncorrected": "probe-no-correction",
-}
-"""Names of arms in 0.1.0 -> today's."""
-CORRECTIONS = {"paper": "rex-rag", "internalize": "rex-rag-distill", "none": "probe-no-correction"}
-"""`method.realignment` of 0.1.0 -> the algorithm of today, for a run without a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,9 +348,8 @@ def _label(name: str, config: Mapping[str, Any]) -> str:
         algorithm = config.get("algorithm")
         name = str(algorithm.get("name", "")) if isinstance(algorithm, Mapping) else ""
     if not name:
-        method = config.get("method") or {}
-        correction = str(method.get("realignment", "paper")) if method.get("probe", True) else ""
-        name = CORRECTIONS.get(correction, correction) or "grpo"
+        method = config.get("method")
+        name = str(algorithm_of(method if isinstance(method, Mapping) else {}, "config.toml", False)["name"])
     return ARMS.get(name, name)
 
 
