@@ -52,7 +52,7 @@ def examine() -> list[Finding]:
     findings = [Finding("rexrag", "ok", f"{__version__}, Python {sys.version.split()[0]}")]
     findings += [_package(name, "needed", f"pip install {name}") for name in NEEDED]
     findings += [_package(name, why, remedy) for name, (why, remedy) in OPTIONAL.items()]
-    return [*findings, *_machine(), *_starts()]
+    return [*findings, *_machine(), *_checkpoints()]
 
 
 def _package(name: str, why: str, remedy: str) -> Finding:
@@ -83,18 +83,20 @@ def _machine() -> list[Finding]:
 
 
 SHOWN = ("greedy EM", "hard questions: right by chance")
-"""Of the measurements in a start's `start.json`: what a comparison from it depends on."""
+"""Measurements of a shipped checkpoint (its `start.json`) on which a comparison from it depends."""
 
 
-def _starts() -> list[Finding]:
+def _checkpoints() -> list[Finding]:
     from rexrag.engine.loading import EMBEDDED, resolve
 
     findings = []
     for name in EMBEDDED:
         try:
-            start = json.loads((Path(resolve(name)) / "start.json").read_text(encoding="utf-8"))
-            measured = {what: start["measured"][what]["value"] for what in SHOWN}
-            findings.append(Finding(name, "ok", ", ".join(f"{w} {v:.3f}" for w, v in measured.items())))
+            facts = json.loads((Path(resolve(name)) / "start.json").read_text(encoding="utf-8"))
+            measured = {what: facts["measured"][what]["value"] for what in SHOWN}
+            findings.append(
+                Finding(name, "ok", ", ".join(f"{w} {100 * v:.1f} %" for w, v in measured.items()))
+            )
         except ModelError as error:
             findings.append(Finding(name, "missing", str(error), "reinstall rexrag"))
     return findings

@@ -118,7 +118,7 @@ def look_ahead(work: Plan, out: Path, questions: int = 150) -> dict[str, Figure]
 
     Kept in `diagnosis.json`, so that a comparison that goes on does not ask again.
     """
-    _claim(work, out)
+    _write_plan(work, out)
     file = out / "diagnosis.json"
     if file.is_file():
         known: dict[str, Figure] = json.loads(file.read_text(encoding="utf-8"))
@@ -142,7 +142,7 @@ def run(
 
     Raises RunFolderError where a run failed, naming its log, or where `out` holds another comparison.
     """
-    _claim(work, out)
+    _write_plan(work, out)
     missing = [key for key in product(work.arms, work.seeds) if not _summary(out, *key)]
     # Seeds first: an interrupted comparison then has whole pairs.
     missing.sort(key=lambda key: (key[1], work.arms.index(key[0])))
@@ -227,7 +227,7 @@ def _run_one(config: Config, folder: Path, runs: _Runs) -> None:
         )
 
 
-def _claim(work: Plan, out: Path) -> None:
+def _write_plan(work: Plan, out: Path) -> None:
     """Write down what is compared; refuse a folder that holds another comparison."""
     wanted: dict[str, Any] = {
         "arms": list(work.arms),

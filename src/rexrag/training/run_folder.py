@@ -1,10 +1,10 @@
-"""The run folder: what a report, a resume or a paper needs, and nothing half-written.
+"""The run folder: what a report or a resume needs, and nothing half-written.
 
     config.toml · environment.json · metrics.jsonl · eval.jsonl · rollouts.jsonl.zst · summary.json
-    checkpoints/step-N/ (safetensors, state.json, a digest per file)
+    checkpoints/step-N/ (safetensors, state.json, a digest for each file)
 
-`config-to-step-N.toml` is what held before a resume changed the settings. The
-logs only grow. A checkpoint remembers how long they were, so a resume cuts off what came after it.
+`config-to-step-N.toml` holds the settings up to step N, where a resume changed them. Rows are only added to
+the logs. A checkpoint records their lengths, so that a resume can cut off the rows written after it.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "bm25
 
 @contextmanager
 def open_run(folder: Path, config: Config, *, resume: bool, restart: bool = False) -> Iterator[None]:
-    """A run folder for one run: made, or there to resume, and this process's alone until the block ends.
+    """Make a run folder, or open one to resume, and lock it until the block ends.
 
-    With `restart`, what a run left that had saved nothing makes way. Raises RunFolderError with one line, and
-    leaves a folder that it refuses as it is.
+    restart: remove what a run left that had saved no checkpoint. Raises RunFolderError with one line; a
+    folder that is refused is not changed.
     """
     if resume:
         check_resumable(folder)
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder}: a file stands there; choose another --out")
-    with _said_in_a_line(folder):
+    with _errors_in_one_line(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
         if restart:
@@ -55,13 +55,13 @@ def open_run(folder: Path, config: Config, *, resume: bool, restart: bool = Fals
         elif not resume and any(folder.iterdir()) and not _is_cleared(folder):
             raise RunFolderError(f"{folder} is not empty; pass --resume to continue it, or another --out")
         if not resume:
-            with _said_in_a_line(folder):
+            with _errors_in_one_line(folder):
                 write_text(folder / "config.toml", dump_toml(config))
         yield
 
 
 @contextmanager
-def _said_in_a_line(folder: Path) -> Iterator[None]:
+def _errors_in_one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -69,17 +69,17 @@ def _said_in_a_line(folder: Path) -> Iterator[None]:
 
 
 def check_resumable(folder: Path) -> None:
-    """Raises RunFolderError where no run was."""
+    """Raises RunFolderError where the folder holds no run."""
     if not (folder / "config.toml").is_file():
         raise RunFolderError(f"{folder}: no run to resume there (it has no config.toml)")
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """This process alone writes in a run folder, until it ends. Raises RunFolderError where another one does.
+    """Lock a run folder for this process until the block ends. Raises RunFolderError where another has it.
 
-    The lock is the system's, on the folder itself: it leaves no file, and a kill cannot leave it behind. File
-    systems without such locks (NFS), and Windows, have none.
+    The operating system holds the lock, on the folder itself, so nothing is left behind by a kill. There is
+    none on Windows and on file systems without such locks (NFS).
     """
     if sys.platform == "win32":
         yield
@@ -100,12 +100,12 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Is there a checkpoint, of either engine? What a kill left half-written is hidden and does not count."""
+    """Is there a checkpoint, of either engine? One that a kill left half-written does not count."""
     return any(not path.name.startswith(".") for path in (folder / "checkpoints").glob("*step*"))
 
 
 def _is_cleared(folder: Path) -> bool:
-    """A run was here that saved nothing, and its settings are left; not somebody's own config.toml."""
+    """Does the folder hold nothing but the config.toml that a run without a checkpoint wrote?"""
     file = folder / "config.toml"
     saved = has_checkpoint(folder) or (folder / "summary.json").exists()
     if saved or any((folder / name).exists() for name in UNSAVED) or not file.is_file():
@@ -119,7 +119,7 @@ def _is_cleared(folder: Path) -> bool:
 def clear_unsaved(folder: Path) -> None:
     """Remove what a run wrote before its first checkpoint, so that it can begin again.
 
-    Its `config.toml` stays until the new one replaces it, and so do files that are not a run's. Raises
+    `config.toml` stays until the new one replaces it, and so does every file that no run writes. Raises
     RunFolderError where the run is still going, or is over and its checkpoints are gone.
     """
     if folder.is_dir():
@@ -134,14 +134,14 @@ def _clear(folder: Path) -> None:
         raise RunFolderError(f"{folder}: this run is over and has no checkpoint; choose another --out")
     for name in UNSAVED:
         (folder / name).unlink(missing_ok=True)
-    for left in (folder / "checkpoints").glob(".*"):  # half a checkpoint; others are not this run's
+    for left in (folder / "checkpoints").glob(".*"):  # a half-written checkpoint
         shutil.rmtree(left, ignore_errors=True)
     for name in ("tensorboard", "verl"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def follow_config(folder: Path, config: Config, step: int) -> None:
-    """`config.toml` becomes what a resumed run goes on with; other settings up to `step` stay beside it."""
+    """Write the settings of a resumed run to `config.toml`; those up to `step`, if others, stay beside it."""
     file = folder / "config.toml"
     before, now = file.read_text(encoding="utf-8"), dump_toml(config)
     if now != before:
@@ -160,7 +160,7 @@ def free_folder(name: str, parent: Path = Path("runs")) -> Path:
 
 
 def environment(**digests: str) -> dict[str, Any]:
-    """Versions and digests that a run's numbers depend on."""
+    """Versions and digests on which a run's numbers depend."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -196,7 +196,7 @@ def _commit() -> str:
 
 
 def append(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to a log; each call to a `.zst` log is one self-contained frame."""
+    """Add rows to a log; in a `.zst` log every call writes one whole frame."""
     data = b"".join(json_line(row) for row in rows)
     if file.suffix == ".zst":
         data = zstandard.ZstdCompressor().compress(data)
@@ -216,7 +216,10 @@ def last_row(file: Path) -> dict[str, Any]:
 def save_checkpoint(
     run: Path, step: int, save: Callable[[Path], None], state: Mapping[str, Any], keep: int
 ) -> Path:
-    """`checkpoints/step-N`, whole or not at all; older ones beyond `keep` go. `save` writes the learner."""
+    """Write `checkpoints/step-N`, whole or not at all, and remove all but the `keep` newest.
+
+    save: writes the learner into a folder. state: what else a resume needs.
+    """
     folder = run / "checkpoints" / f"step-{step}"
     sizes = {name: (run / name).stat().st_size for name in LOGS if (run / name).exists()}
     for left in folder.parent.glob(".step-*.tmp"):  # by a kill in the middle of an earlier save
@@ -245,7 +248,7 @@ def last_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def truncate_logs(run: Path, sizes: Mapping[str, int]) -> None:
-    """Cut every log back to what it was at the checkpoint."""
+    """Cut every log back to its length (bytes) at the checkpoint."""
     for name in LOGS:
         file = run / name
         if file.exists():
@@ -253,7 +256,7 @@ def truncate_logs(run: Path, sizes: Mapping[str, int]) -> None:
 
 
 def digest(*parts: object) -> str:
-    """SHA-256 over the parts, for one name of several digests."""
+    """SHA-256 over several digests or names, in hexadecimal."""
     return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()
 
 
@@ -265,7 +268,7 @@ def _checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def _damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used; None where it can."""
+    """Why a checkpoint cannot be used; None where it is whole."""
     try:
         digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """Optional loggers, as observers of a run: TensorBoard, Weights & Biases, Trackio.
 
-They get the numbers of `metrics.jsonl` and `eval.jsonl`; hosted ones the configuration too, with the paths
-and addresses in it. No text of questions, documents or models leaves the run folder.
+They get the numbers of `metrics.jsonl` and `eval.jsonl`. Hosted ones also get the configuration, with the
+paths and addresses in it. No text of questions, documents or models leaves the run folder.
 """
 
 from __future__ import annotations
@@ -9,31 +9,22 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rexrag.config.schema import Config, Tracker
 from rexrag.errors import ConfigError
+from rexrag.training.callbacks import Observer
 
 PACKAGES: Mapping[Tracker, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 PROJECT = "rexrag"
 CONTROL = "control"
-"""Folder, in a run's own, of the run beside it."""
-
-
-class Watcher(Protocol):
-    """What `train.Observer` asks for."""
-
-    def started(self, config: Config, folder: Path) -> None: ...
-
-    def evaluated(self, figures: dict[str, Any]) -> None: ...
-
-    def stepped(self, row: dict[str, Any], done: float) -> None: ...
+"""Name of the control's run folder, inside the run's own."""
 
 
 class Together:
     """Several observers as one."""
 
-    def __init__(self, observers: Sequence[Watcher]) -> None:
+    def __init__(self, observers: Sequence[Observer]) -> None:
         self.observers = observers
 
     def started(self, config: Config, folder: Path) -> None:
@@ -49,7 +40,7 @@ class Together:
             observer.stepped(row, done)
 
     def finish(self) -> None:
-        """The run is over, or was stopped: what a tracker holds back is sent; the next run is another."""
+        """Close every logger, which sends what it still holds; call it when the run is over or stopped."""
         for observer in self.observers:
             if isinstance(observer, TensorBoard | Hosted):
                 observer.finish()
@@ -82,7 +73,7 @@ class TensorBoard:
 
 
 class Hosted:
-    """wandb, and trackio, which has the same calls. Where they send is their own configuration's affair."""
+    """wandb, or trackio, which has the same functions. Their own configuration says where they send to."""
 
     def __init__(self, name: Tracker) -> None:
         self.module = _package(name, name)
@@ -100,17 +91,17 @@ class Hosted:
         self.module.log(numbers(row), step=row["step"])
 
     def finish(self) -> None:
-        if self.open:  # trackio refuses to finish what never began
+        if self.open:  # trackio raises where `init` was not called
             self.module.finish()
 
 
-def open_trackers(names: Sequence[Tracker]) -> list[Watcher]:
-    """Raises ConfigError naming the command that installs what is missing, before a run writes anything."""
+def open_trackers(names: Sequence[Tracker]) -> list[Observer]:
+    """One observer for each name. Raises ConfigError with the command that installs a missing package."""
     return [TensorBoard() if name == "tensorboard" else Hosted(name) for name in names]
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numeric figures of a step."""
+    """The numbers in a row of `metrics.jsonl`, without the step."""
     return {name: float(v) for name, v in row.items() if isinstance(v, int | float) and name != "step"}
 
 
@@ -119,7 +110,7 @@ def evaluation(figures: Mapping[str, Any]) -> dict[str, float]:
     where = figures["set"]
     values = {f"{where}/em": figures["em"]["value"]}
     values |= {f"{where}/em_{hops}_hop": em["value"] for hops, em in figures.get("by_hops", {}).items()}
-    for name in ("f1", "searches", "unanswered", "tokens"):
+    for name in ("f1", "searches", "unanswered", "invalid", "tokens"):
         value = figures.get(name)
         if value is not None:
             values[f"{where}/{name}"] = float(value["value"] if isinstance(value, Mapping) else value)
