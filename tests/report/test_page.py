@@ -260,17 +260,30 @@ def compared(value: float, gap: dict[str, float] | None) -> dict[str, object]:
     return measure | spent | ({"em_at_budget_difference": gap} if gap else {})
 
 
-def test_the_page_of_a_comparison_shows_the_numbers_of_its_json(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path / arm, arm=arm, steps=6) for arm in ("grpo", "rex-rag-distill")]
+def comparison() -> dict[str, object]:
     gap = {"value": 0.107, "low": 0.041, "high": 0.173, "n": 6, "p": 0.031}
-    result = {
-        "control": "grpo", "seeds": [1, 2, 3, 4, 5, 6], "budget": "generated", "amount": 60000,
-        "arms": {"grpo": compared(0.4, None), "rex-rag-distill": compared(0.507, gap)},
-        "warnings": ["rex-rag-distill: its last step went 30% past the budget; take a larger one."],
-    }  # fmt: skip
-    page = Page(write_report(folders, tmp_path / "page.html", "grpo", result).read_text(encoding="utf-8"))
+    arms = {"grpo": compared(0.4, None), "rex-rag-rescue": compared(0.507, gap)}
+    warnings = ["its last step went 30% past the budget; take a larger one."]
+    facts = {"control": "grpo", "seeds": [1], "budget": "generated", "amount": 60000}
+    return facts | {"arms": arms, "warnings": warnings}
+
+
+def test_the_page_of_a_comparison_shows_the_numbers_of_its_json(tmp_path: Path) -> None:
+    """The folder of a comparison that version 0.1.0 made, with its names of that time."""
+    for arm in ("grpo", "rex-rag-rescue"):
+        write_run(tmp_path / arm / "seed-1", arm=arm, seed=1, steps=6)
+    (tmp_path / "compare.json").write_text(json.dumps(comparison()))
+    page = page_of(tmp_path)
     said = "rex-rag-distill: EM at budget 10.7 points above grpo, significantly different from 0."
-    assert first_line(page).startswith(said)
-    assert "+10.7 * [+4.1, +17.3], p = 0.031" in page.text.replace("+10.7*", "+10.7 *")
+    assert first_line(page).startswith(said) and "rescue" not in page.text.split("Configuration")[0]
+    assert "+10.7* [+4.1, +17.3], p = 0.031" in page.text
     assert "past the budget" in page.text and "budget 60,000 generated tokens" in page.text
     assert "1 h 10 min" in page.text
+
+
+@pytest.mark.parametrize("change", [{"budget": "money"}, {"arms": []}, {"seeds": None}])
+def test_a_damaged_comparison_is_named(tmp_path: Path, change: dict[str, object]) -> None:
+    found = {key: value for key, value in (comparison() | change).items() if value is not None}
+    (tmp_path / "compare.json").write_text(json.dumps(found))
+    with pytest.raises(DataError, match=r"compare\.json.*expected what rexrag compare writes"):
+        write_report([tmp_path], tmp_path / "page.html")

@@ -281,7 +281,7 @@ def ratio_chart(arms: Sequence[Arm], width: int, x: Axis) -> Chart:
     }
     layout = _panels(x, _axis("ratio", **LOG_TICKS), _axis("clipped", zero=True, tickformat=".0%"))
     caption = (
-        "Look for ratios near 1 and few clipped tokens; a cue ratio far below 1 says that realignment "
+        "Look for ratios near 1 and few clipped tokens; a cue ratio far below 1 says that the correction "
         "all but removes the cue from the update."
     )
     return Chart("Importance ratio and clip share by segment", caption, views, layout)

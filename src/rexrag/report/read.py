@@ -139,16 +139,18 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def read_comparison(folder: Path) -> tuple[dict[str, Any], list[Path]]:
-    """What `rexrag compare` found in `folder`, and its run folders.
+    """What `rexrag compare` found in `folder`, under today's names, and its run folders.
 
     Raises DataError where the file is damaged.
     """
     file = folder / COMPARISON
     found = _json_object(file) or {}
     missing = [key for key in ("control", "seeds", "budget", "amount", "arms") if key not in found]
-    if missing or not isinstance(found["arms"], dict):
+    if missing or not isinstance(found["arms"], dict) or found["budget"] not in SPENT:
         raise DataError("expected what rexrag compare writes", file=file, field=(missing or ["arms"])[0])
-    return found, [run_folder(folder, arm, seed) for arm in found["arms"] for seed in found["seeds"]]
+    runs = [run_folder(folder, arm, seed) for arm in found["arms"] for seed in found["seeds"]]
+    arms = {ARMS.get(arm, arm): figures for arm, figures in found["arms"].items()}
+    return found | {"arms": arms, "control": ARMS.get(found["control"], found["control"])}, runs
 
 
 def read_run(folder: Path, control: bool = False) -> Run:
