@@ -106,7 +106,8 @@ def train(
         print(json.dumps(dict(summaries) | {"report": str(page)}))
         return
     for label, summary in summaries:
-        console.print(f"{label}: {Verdict(**summary['verdict']).line}", markup=False)
+        if "verdict" in summary:  # a run of 0.1.0 that is over has none
+            console.print(f"{label}: {Verdict(**summary['verdict']).line}", markup=False)
     console.print(summary_table(summaries))
     console.print(f"run folder {folder}\npage       {page}", markup=False)
 
