@@ -222,12 +222,15 @@ def compare(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or the folder of a comparison.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Make one self-contained page from run folders.
 
-    Example: rexrag report runs/a runs/b --out both.html
+    \b
+    Examples:
+      rexrag report runs/a runs/b --out both.html
+      rexrag report runs/compare
     """
     from rexrag.report import write_report
 
