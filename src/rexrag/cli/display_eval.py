@@ -8,13 +8,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from rexrag.cli.display import QUIET_SECONDS, format_interval, format_points, live_line, table
 from rexrag.data.qa_sets import BENCHMARKS
 from rexrag.evaluation.cells import Cell
 from rexrag.io import printable
-from rexrag.report.formatting import duration
 from rexrag.stats import differs
 
 PUBLISHED_TITLES = {**{name: known.title for name, known in BENCHMARKS.items()}, "macro": "Avg"}
@@ -37,7 +36,9 @@ class EvalProgress:
         if cached:
             self.console.print(f"{cached:,} answers are cached, {total:,} questions to ask")
         if total and self.console.is_terminal:
-            self.live = live_line(self.console, MofNCompleteColumn(), note=True)
+            self.live = live_line(
+                self.console, MofNCompleteColumn(), TextColumn("{task.fields[note]}"), width=20
+            )
             self.live.start()
             self.task = self.live.add_task("evaluating", total=total, note="loading")
 
@@ -53,7 +54,7 @@ class EvalProgress:
         self.answered += sum(not row["failure"] for row in rows)
         self.right += sum(row.get("em", 0.0) for row in rows)
         label = f"{cell.chosen.title} {cell.way}"
-        note = f"EM {100 * self.right / max(1, self.answered):.1f} %" + (
+        note = f"EM {self.right / max(1, self.answered):.3f}" + (
             f"  failed {self.failed}" if self.failed else ""
         )
         if self.live is not None:
@@ -61,7 +62,7 @@ class EvalProgress:
         elif time.monotonic() - self.last > QUIET_SECONDS:
             self.last = time.monotonic()
             eta = (self.last - self.start) / self.done * (self.total - self.done)
-            self.console.print(f"{self.done:,}/{self.total:,}  {_plain(label)}  {note}  eta {duration(eta)}")
+            self.console.print(f"{self.done:,}/{self.total:,}  {_plain(label)}  {note}  eta {eta:.0f} s")
 
     def stop(self) -> None:
         if self.live is not None:
@@ -112,7 +113,7 @@ def _scores(result: dict[str, Any], way: str) -> Any:
     if len(cells) > 1 and average["em"]:
         others = [_share(average[name]["value"]) for name in ("f1", "sub_em")]
         rows.append(("average", f"{len(cells)} sets", format_interval(average["em"]), "–", *others, "–", "–"))
-    columns = ("set", "n", "EM, % [95 %]", "SE", "F1", "sub-EM", "evidence", "ceiling")
+    columns = ("set", "n", "EM [95 %]", "SE", "F1", "sub-EM", "evidence", "ceiling")
     return table(f"{way}: scores", columns, rows, narrow=True)
 
 
@@ -206,8 +207,7 @@ def _plain(text: str) -> str:
 
 
 def _share(value: float) -> str:
-    """A share in percent."""
-    return f"{100 * value:.1f}"
+    return f"{value:.3f}".replace("0.", ".", 1) if value < 1 else f"{value:.3f}"
 
 
 def _print_failures(console: Console, failures: dict[str, Any]) -> None:
