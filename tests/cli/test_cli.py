@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import rexrag
 from rexrag.cli import main
 from rexrag.config.files import dump_toml
 from rexrag.data.world.generator import World
@@ -180,6 +181,12 @@ def test_an_index_brings_its_kind_and_silences_a_remote_retriever(run, files, tm
     code, out, err = run("eval", folder / "c.toml", "--policy", "tiny-hard", *kept, *words, "--json")
     assert code == 0, err
     assert json.loads(out)["retriever"]["kind"] == "bm25-disk"
+
+
+def test_the_version_is_an_option_and_completion_can_be_installed(run):
+    assert run("--version") == (0, f"rexrag {rexrag.__version__}\n", "")
+    code, out, _ = run("--help")
+    assert code == 0 and "--install-completion" in out and "--version" in out
 
 
 def test_debug_shows_where(run):

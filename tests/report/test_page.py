@@ -279,6 +279,8 @@ def test_the_page_of_a_comparison_shows_the_numbers_of_its_json(tmp_path: Path) 
     assert "+10.7* [+4.1, +17.3], p = 0.031" in page.text
     assert "past the budget" in page.text and "budget 60,000 generated tokens" in page.text
     assert "1 h 10 min" in page.text
+    labels = {attributes.get("data-label") for tag, attributes in page.elements if tag == "td"}
+    assert {"○ grpo", "● rex-rag-distill"} <= labels and not any("<" in (label or "") for label in labels)
 
 
 @pytest.mark.parametrize("change", [{"budget": "money"}, {"arms": []}, {"seeds": None}])

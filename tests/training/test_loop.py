@@ -9,7 +9,7 @@ import torch
 
 from rexrag.config import presets
 from rexrag.config.files import load_config, parse_config
-from rexrag.errors import CheckpointError, DataError, RunFolderError
+from rexrag.errors import CheckpointError, DataError, RunFolderError, TrainingError
 from rexrag.io import sha256_file, write_json
 from rexrag.method import CueTrie
 from rexrag.training import loop
@@ -398,3 +398,20 @@ def test_diagnostics_and_a_fresh_world_are_measured_beside_the_budget(tmp_path):
     sets = [(row["set"], row["step"], row["em"]["n"]) for row in rows(tmp_path / "run" / "eval.jsonl")]
     assert sets == [("held-out", 0, 12), ("fresh", 0, 10), ("held-out", 3, 12), ("fresh", 3, 10)]
     assert summary["em_fresh_after"]["n"] == 10 and summary["em_after"]["n"] == 12
+
+
+class DestroyedLearner(CountingLearner):
+    """Drops every update."""
+
+    def update(self, samples, algorithm, temperature):
+        return super().update(samples, algorithm, temperature) | {
+            "updates": 0.0, "nonfinite_updates": 1.0, "lr": 10.0,
+        }  # fmt: skip
+
+
+def test_updates_that_are_not_finite_five_times_in_a_row_end_the_run_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "build", lambda config, plugins=None: fake_components(DestroyedLearner()))
+    with pytest.raises(TrainingError, match=r"step 5: 5 updates in a row.*learning rate 10 .*learner\.lr"):
+        train(config("train.steps=50"), tmp_path / "run")
+    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 5
+    assert not (tmp_path / "run" / "summary.json").exists()

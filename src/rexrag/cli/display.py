@@ -32,6 +32,9 @@ from rexrag.training.verdict import dropped_line
 QUIET_SECONDS = 10.0
 """Where the output is no terminal, a line of progress this often."""
 
+SPEED_SECONDS = 3600.0
+"""The time to go is estimated from this much of the past: a step of a large model takes minutes."""
+
 
 def live_line(console: Console, *columns: ProgressColumn, width: int = 10, note: bool = False) -> Progress:
     """A live line: what, a bar, `columns`, the time so far, the time to go; then the field `note`.
@@ -49,6 +52,7 @@ def live_line(console: Console, *columns: ProgressColumn, width: int = 10, note:
         *last,
         console=console,
         expand=note,
+        speed_estimate_period=SPEED_SECONDS,
     )
 
 

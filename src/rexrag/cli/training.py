@@ -106,7 +106,8 @@ def train(
         print(json.dumps(dict(summaries) | {"report": str(page)}))
         return
     for label, summary in summaries:
-        console.print(f"{label}: {Verdict(**summary['verdict']).line}", markup=False)
+        if "verdict" in summary:  # a run of 0.1.0 that is over has none
+            console.print(f"{label}: {Verdict(**summary['verdict']).line}", markup=False)
     console.print(summary_table(summaries))
     console.print(f"run folder {folder}\npage       {page}", markup=False)
 
@@ -221,12 +222,15 @@ def compare(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or the folder of a comparison.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Make one self-contained page from run folders.
 
-    Example: rexrag report runs/a runs/b --out both.html
+    \b
+    Examples:
+      rexrag report runs/a runs/b --out both.html
+      rexrag report runs/compare
     """
     from rexrag.report import write_report
 

@@ -111,9 +111,7 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
     for arm, figures in result["arms"].items():
         over = figures[SPENT[result["budget"]]] / result["amount"] - 1
         if over > OVERSHOT:
-            found.append(
-                f"{arm}: its last step went {over:.0%} past the budget, which is small for its steps."
-            )
+            found.append(f"{arm}: its last step went {over:.0%} past the budget; take a larger one.")
     return found
 
 

@@ -58,7 +58,7 @@ def comparison_tables(arms: Sequence[Arm], comparison: Mapping[str, Any]) -> str
         if any(gaps):
             body.append(
                 [
-                    f"minus {escape(comparison['control'])}, points",
+                    f"&ensp;minus {escape(comparison['control'])}, points",
                     *("" if g is None else gap_cell(g) for g in gaps),
                 ]
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rexrag.report.read import Estimate
@@ -51,10 +52,11 @@ def small(text: str) -> str:
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already. `data-label` lets a phone show a row as a card."""
+    """Head and cells are HTML already. `data-label` lets a phone show a row as a card."""
+    labels = [re.sub("<[^>]*>", "", title).strip() for title in head]
     titles = "".join(f'<th scope="col">{title}</th>' for title in head)
     rows = "".join(
-        "<tr>" + "".join(f'<td data-label="{t}">{c}</td>' for t, c in zip(head, row, strict=True)) + "</tr>"
+        "<tr>" + "".join(f'<td data-label="{t}">{c}</td>' for t, c in zip(labels, row, strict=True)) + "</tr>"
         for row in body
     )
     return f'<table class="figures"><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table>'
