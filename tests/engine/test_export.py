@@ -36,7 +36,7 @@ def test_an_exported_model_scores_like_the_trained_one(folder, tmp_path, change)
 
 @pytest.mark.parametrize("change", [{"lora_rank": 2}, {}])
 def test_a_local_checkpoint_is_exported_as_a_model(folder, tmp_path, change):
-    """A LoRA is merged into the start that the run's config names; moments are no weights."""
+    """A LoRA is merged into its base; moments are no weights of the model."""
     from rexrag.config.files import dump_toml
     from rexrag.verl.export import export
 

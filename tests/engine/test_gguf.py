@@ -1,6 +1,8 @@
 """GGUF import: bad input is refused in one line, and a tiny GGUF written here becomes a working folder."""
 
+import io
 import json
+import sys
 import zipfile
 
 import numpy
@@ -151,3 +153,31 @@ def test_a_folder_with_other_things_is_not_replaced(gguf, tmp_path):
     with pytest.raises(ModelError, match="already exists"):
         import_gguf(gguf, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_files_of_a_folder_can_be_read_by_everybody(imported):
+    assert {path.stat().st_mode & 0o777 for path in imported.iterdir()} == {0o644}
+
+
+def test_an_import_has_the_dtype_it_was_asked_for(gguf, imported, tmp_path):
+    from safetensors.torch import load_file
+
+    half = import_gguf(gguf, tmp_path / "half", "bfloat16")
+    for folder, dtype in ((imported, "float32"), (half, "bfloat16")):
+        weights = load_file(folder / "model.safetensors").values()
+        assert {str(weight.dtype) for weight in weights} == {f"torch.{dtype}"}
+        assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
+    with pytest.raises(ModelError, match="dtype 'int4': expected float32 or bfloat16"):
+        import_gguf(gguf, tmp_path / "none", "int4")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_only(gguf, tmp_path, monkeypatch, terminal):
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    monkeypatch.setattr(sys, "stderr", Stream())
+    import_gguf(gguf, tmp_path / "out")
+    assert bool(sys.stderr.getvalue()) == terminal

@@ -53,15 +53,15 @@ def test_an_update_is_visible_to_the_sampler(folder, dtype):
     assert all(e.state is State.DONE for e in running)
 
 
-def test_lora_starts_are_the_seed_s_and_leave_global_randomness_alone():
-    def start(seed: int) -> dict[str, torch.Tensor]:
+def test_initial_lora_weights_follow_the_seed_and_leave_global_randomness_alone():
+    def initial(seed: int) -> dict[str, torch.Tensor]:
         model = qwen2()
         torch.manual_seed(9)
         choose_trained(model, PolicyConfig(lora_rank=2), seed)
         assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(9)))
         return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
-    one, same, other = start(1), start(1), start(2)
+    one, same, other = initial(1), initial(1), initial(2)
     assert all(torch.equal(one[n], same[n]) for n in one)
     assert any(not torch.equal(one[n], other[n]) for n in one)
 

@@ -162,7 +162,9 @@ def run(
                     finished += 1
                     left = (time.monotonic() - start) / finished * (total - finished)
                     em = _summary(out, arm, seed)["em_after"]["value"]
-                    say(f"{finished}/{total}  {arm} seed {seed}: EM {100 * em:.1f} %  eta {left / 60:.0f} min")
+                    say(
+                        f"{finished}/{total}  {arm} seed {seed}: EM {100 * em:.1f} %  eta {left / 60:.0f} min"
+                    )
         except BaseException:  # no other run begins; those that are going come to their end, or were told to
             pool.shutdown(wait=False, cancel_futures=True)
             raise

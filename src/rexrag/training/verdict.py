@@ -211,9 +211,7 @@ def dropped_line(row: Row) -> str | None:
     if not dropped:
         return None
     all_of_them = dropped + int(row.get("updates") or 0)
-    return (
-        f"step {row['step']}: {dropped} of {all_of_them} updates were dropped as not finite"
-    )
+    return f"step {row['step']}: {dropped} of {all_of_them} updates were dropped as not finite"
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:

@@ -15,11 +15,9 @@ from hypothesis import strategies as st
 from rexrag.config.algorithms import Grpo, Shared
 from rexrag.config.schema import LearnerConfig, PolicyConfig
 from rexrag.engine.attention import token_logps, use_packed_attention
-from rexrag.engine.learning.checkpoint import full_weights
 from rexrag.engine.learning.learner import LocalLearner, refresh
-from rexrag.engine.learning.packing import pack_rows
 from rexrag.engine.loading import choose_trained
-from rexrag.errors import CheckpointError, ConfigError
+from rexrag.errors import ConfigError
 from rexrag.types import Sample, Segment
 from tests.support.scripted import MAKERS, VOCABULARY, llama, qwen2
 
@@ -376,58 +374,6 @@ def test_settings_that_cannot_be_trained_are_refused():
 VARIANTS = [PolicyConfig(), PolicyConfig(lora_rank=3), PolicyConfig(train_last_layers=1)]
 
 
-@pytest.mark.parametrize("policy", VARIANTS, ids=["all", "lora", "last"])
-def test_two_and_two_updates_equal_four_bit_for_bit(policy, tmp_path):
-    options = {"minibatches": 2, "warmup_steps": 3, "weight_decay": 0.01, "micro_tokens": 60}
-
-    def fresh() -> LocalLearner:
-        model = qwen2()
-        choose_trained(model, policy, seed=1)
-        return learner(model, seed=5, grad_clip=1.0, **options)
-
-    straight, first, second = fresh(), fresh(), fresh()
-    steps = [samples(12, seed=i) for i in range(4)]
-    expected = [straight.update(rows, GRPO, 1.0) for rows in steps]
-    found = [first.update(rows, GRPO, 1.0) for rows in steps[:2]]
-    first.save(tmp_path / "checkpoint")
-    assert not [f for f in (tmp_path / "checkpoint").iterdir() if f.suffix not in (".safetensors", ".json")]
-    second.load(tmp_path / "checkpoint")
-    found += [second.update(rows, GRPO, 1.0) for rows in steps[2:]]
-    assert expected == found
-    assert all(torch.equal(p, second.trained[name]) for name, p in straight.trained.items())
-    assert second.progress.updates == 8 and second.progress.steps == 4
-
-
-def test_a_checkpoint_of_all_weights_is_a_hugging_face_model(tmp_path):
-    trainer = learner(qwen2(), seed=5)
-    trainer.update(samples(), GRPO, 1.0)
-    trainer.save(tmp_path)
-    again = type(trainer.model).from_pretrained(tmp_path, dtype=torch.float32)
-    assert all(torch.equal(p, full_weights(again)[n]) for n, p in full_weights(trainer.model).items())
-
-
-def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
-    trainer = learner()
-    trainer.update(samples(), GRPO, 1.0)
-    trainer.save(tmp_path / "good")
-    wider = learner(qwen2(intermediate_size=64))
-    before = {name: p.clone() for name, p in wider.trained.items()}
-    with pytest.raises(CheckpointError, match="mlp"):
-        wider.load(tmp_path / "good")
-    assert all(torch.equal(p, before[name]) for name, p in wider.trained.items())
-    with pytest.raises(CheckpointError, match="other parameters"):
-        learner(llama()).load(tmp_path / "good")
-    with pytest.raises(CheckpointError, match="no finished learner checkpoint"):
-        learner().load(tmp_path / "nothing")
-    (tmp_path / "good" / "optimizer.safetensors").write_bytes(b"\x80\x04K\x00.")
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
-        learner().load(tmp_path / "good")
-    for text in ("{}", "not json", '{"format": "other", "generator": ""}'):
-        (tmp_path / "good" / "learner.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"learner\.json"):
-            learner().load(tmp_path / "good")
-
-
 def test_the_sampler_model_follows_the_master_weights():
     model = qwen2()
     mirror = packed(qwen2()).to(torch.bfloat16)
@@ -441,82 +387,6 @@ def test_the_sampler_model_follows_the_master_weights():
     assert any(not torch.equal(moved[name], start[name]) for name in moved)
     refresh(mirror, dict(qwen2().named_parameters()))
     assert all(torch.equal(moved[name], start[name]) for name in moved)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    rows=st.lists(
-        st.tuples(
-            st.sampled_from([(1,), (1, 1), (1, 2, 3), (8,) * 11]), st.lists(st.integers(1, 2), max_size=7)
-        ),
-        max_size=20,
-    ),
-    max_tokens=st.integers(1, 60),
-)
-def test_packs_cover_every_row_once_within_the_limit(rows, max_tokens):
-    packs = list(pack_rows(rows, range(len(rows)), max_tokens))
-    assert sorted(i for p in packs for i in p.rows) == [i for i, (_, r) in enumerate(rows) if r]
-    for pack in packs:
-        assert len(pack.ids) <= max_tokens or len(pack.rows) == 1
-        assert sum(node.size for node in pack.nodes) == len(pack.ids)
-        fed = [(*rows[i][0], *rows[i][1][:-1]) for i in pack.rows]
-        # Each beginning is run once, and what a token sees is its own row up to itself.
-        assert seen(pack) == sorted({row[:end] for row in fed for end in range(1, len(row) + 1)})
-        said = [(fed[n][: len(rows[i][0]) + t], token) for n, i in enumerate(pack.rows)
-                for t, token in enumerate(rows[i][1])]  # fmt: skip
-        before = [beginnings(pack)[source] for source in pack.source]
-        assert [(before[u], pack.targets[u]) for u in pack.place] == said
-        assert len(pack.source) == len(pack.targets) == len(set(said))
-
-
-def beginnings(pack) -> list[tuple[int, ...]]:
-    """For each packed token: what it sees, itself included, by the positions that the pack gives."""
-    out: list[tuple[int, ...]] = []
-    ends: list[tuple[int, ...]] = []
-    for node in pack.nodes:
-        before = () if node.parent is None else ends[node.parent]
-        for token in pack.ids[len(out) : len(out) + node.size]:
-            assert pack.positions[len(out)] == len(before)
-            before = (*before, token)
-            out.append(before)
-        ends.append(before)
-    return out
-
-
-def seen(pack) -> list[tuple[int, ...]]:
-    return sorted(beginnings(pack))
-
-
-def test_rows_that_share_beginnings_have_the_gradients_of_rows_apart(monkeypatch):
-    """A tree of rows, each with weights, advantage and mask of its own, against one row a pack."""
-    trainer = learner()
-    trunk = [list(range(3, 20)), list(range(20, 31)), [], [5, 6]]
-    made = [
-        [*trunk[0], *([*trunk[1], 9] if n % 2 else []), *trunk[n % 4], n + 1, *range(40, 40 + n)]
-        for n in range(8)
-    ]
-    rows = [
-        dataclasses.replace(
-            row, prompt=(1, 2, 3 + n % 2), tokens=tuple(tokens), advantage=0.5 + 0.25 * n * (-1) ** n,
-            mask=tuple((n + t) % 5 > 0 for t in range(len(tokens))),
-            weight=tuple(1.0 + 0.1 * ((n + t) % 3) for t in range(len(tokens))), truncated=(),
-            segment=(0,) * len(tokens),
-        )
-        for n, (tokens, row) in enumerate(zip(made, samples(), strict=False))
-    ]  # fmt: skip
-    rows = near_policy(trainer.model, rows)
-    together, _ = gradients(trainer, rows)
-    tokens = [(row.prompt, row.tokens) for row in rows]
-    (pack,) = pack_rows(tokens, range(len(rows)), 10**6)
-    assert 2 * len(pack.ids) < sum(len(p) + len(r) for p, r in tokens)
-
-    def apart(rows, indices, max_tokens):
-        for index in indices:
-            yield from pack_rows(rows, [index], max_tokens)
-
-    monkeypatch.setattr("rexrag.engine.learning.learner.pack_rows", apart)
-    alone, _ = gradients(trainer, rows)
-    assert distance(together, alone) < 1e-5
 
 
 def test_gradient_norms_by_segment_are_those_of_its_tokens_and_nothing_moves():

@@ -11,12 +11,10 @@ import torch
 
 from rexrag.agent.episode import State
 from rexrag.engine.attention import use_packed_attention
-from rexrag.engine.sampling import batch, cpu_weights, sampler, speculation
+from rexrag.engine.sampling import batch, sampler
 from rexrag.engine.sampling.cache import CacheShape, capacity_for
-from rexrag.engine.sampling.cpu_weights import CpuWeights
 from rexrag.engine.sampling.decoder import layer_attention
 from rexrag.engine.sampling.sampler import LocalSession
-from rexrag.engine.sampling.token_draw import draw_tokens, find, invert, streams, uniforms
 from rexrag.errors import DataError, ModelError, RetrievalError
 from rexrag.types import Origin
 from tests.support.scripted import MAKERS, Echo, Script, prompts, qwen2
@@ -217,58 +215,6 @@ def test_episodes_with_equal_tokens_get_rows_of_their_own_where_their_share_key_
         assert alone.tokens == episode.tokens
     assert any(x.tokens != y.tokens for x, y in zip(episodes[::5], episodes[1::5], strict=True))
     assert any(x.tokens != y.tokens for x, y in zip(episodes[::5], asking_less, strict=True))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.15, 1.0])
-@pytest.mark.parametrize("predictable", [False, True])
-def test_speculation_saves_forwards_and_changes_no_token(model, predictable, temperature, monkeypatch):
-    if predictable:  # what comes next depends on the last token alone
-        with torch.no_grad():
-            for layer in model.model.layers:
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
-
-    def drawn(least_bytes: int, length: int = speculation.LENGTH) -> tuple[list[Script], int, int]:
-        monkeypatch.setattr(sampler, "SPECULATION_BYTES", least_bytes)
-        monkeypatch.setattr(speculation, "LENGTH", length)
-        episodes = rollouts(5, 8, turns=4)
-        opened = session(model)
-        sizes = counted(opened)
-        opened.run(episodes, Echo(), temperature, 3)
-        probes = [e.fork(CUE, cut=max(1, last_sampled(e) // 2)) for e in episodes]
-        opened.run(probes, Echo(), temperature, 4)
-        assert opened.generated_tokens == sum(
-            e.origins[e.cut or 0 :].count(int(Origin.POLICY)) for e in episodes + probes
-        )
-        return episodes + probes, len(sizes), opened.prefilled_tokens
-
-    plain, steps, read = drawn(1 << 60)
-    for length in (1, 4, 30):
-        speculative, fewer, same = drawn(0, length)
-        assert [e.tokens for e in speculative] == [e.tokens for e in plain]
-        close = 1e-5 / (temperature or 1.0)
-        assert all(np.allclose(x.logps, y.logps, atol=close) for x, y in zip(speculative, plain, strict=True))
-        assert same == read
-        if predictable and temperature < 1.0:
-            assert fewer < (0.8 if length == 1 else 0.7) * steps
-
-
-def test_the_proposed_token_is_the_most_frequent_one_after_the_longest_known_context():
-    table = speculation.NGrams()
-    assert table.propose([1, 2, 3], 4) == []
-    table.learn([], [1, 2, 3, 4, 5])
-    assert table.propose([1, 2, 3], 4) == [4]  # seen once: a second would be too bold
-    for _ in range(9):
-        table.learn([], [1, 2, 3, 4, 5, 6, 7, 8, 9])
-    assert table.propose([1, 2, 3], 9) == [4, 5, 6, 7, 8, 9]
-    assert table.propose([1, 2, 3], 2) == [4, 5]
-    assert table.propose([1, 2, 3], 0) == table.propose([1, 2, 3], -1) == table.propose([], 4) == []
-    assert table.propose([8, 8, 3], 1) == [4]  # no such triple or pair: by the last token
-    table.learn([8, 8, 3], [7])
-    assert table.propose([8, 8, 3], 1) == [7]
-    for token in range(20, 30):
-        table.learn([3, 3], [token])
-    assert table.propose([3, 3], 1) == []  # anything may follow
 
 
 def test_probes_with_the_same_past_and_cue_start_as_one(model):
@@ -474,66 +420,3 @@ def test_bank_capacities_grow_by_a_bounded_factor():
     for length in range(1, 5000):
         capacity = capacity_for(length)
         assert length <= capacity <= max(64, 1.5 * length)
-
-
-def test_drawing_follows_the_distribution():
-    head = torch.nn.Linear(4, 5)
-    with torch.no_grad():
-        head.bias.copy_(torch.tensor([0.0, -math.inf, 1.0, 2.0, -1.0]))
-        head.weight.zero_()
-    n = 40_000
-    uniform = torch.tensor(uniforms(streams(11, [0] * n), [3] * n))
-    for temperature in (1.0, 2.0):
-        tokens, logps = draw_tokens(head, torch.zeros(n, 4), temperature, uniform)
-        expected = (head.bias / temperature).softmax(-1)
-        shares = torch.bincount(tokens, minlength=5) / n
-        assert torch.allclose(shares, expected, atol=0.01)
-        assert torch.allclose(logps.exp(), expected[tokens], atol=1e-6)
-    for vocabulary in (5, 256, 257, 1000):
-        probs = (torch.randn(300, vocabulary) * 4).softmax(-1) * (torch.rand(300, vocabulary) < 0.5)
-        point = torch.rand(300, 1, dtype=torch.float64)
-        reached = probs.cumsum(-1, dtype=torch.float64)
-        expected = torch.searchsorted(reached, point * reached[:, -1:], right=True)
-        some = reached[:, -1] > 0
-        assert torch.equal(invert(probs, point, torch.arange(300))[some], expected[some])
-    counts = [3, 1, 0, 2]
-    wide, hidden = torch.nn.Linear(4, 1000), torch.randn(4, 4)
-    apart = hidden.repeat_interleave(torch.tensor(counts), dim=0)
-    for temperature in (0.0, 0.5):
-        shared = draw_tokens(wide, hidden, temperature, uniform[:6], counts)
-        one_each = draw_tokens(wide, apart, temperature, uniform[:6])
-        assert torch.equal(shared[0], one_each[0]) and torch.allclose(shared[1], one_each[1], atol=1e-6)
-    # Outcomes without mass at either end, and in the blocks there, are never found.
-    probs = torch.zeros(2, 1000)
-    probs[:, 400], probs[:, 700] = 0.25, 0.5
-    ends = torch.tensor([[0.0], [1.0 - 2.0**-53]], dtype=torch.float64)
-    assert invert(probs, ends, torch.arange(2)).tolist() == [[400], [700]]
-    index, before = find(torch.tensor([[0.0, 1.0]]), torch.tensor([[-1e-17]]))  # a difference of rounded sums
-    assert (index.item(), before.item()) == (1, 0.0)
-    edges = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
-    tokens, logps = draw_tokens(head, torch.zeros(2, 4), 1.0, edges)
-    assert tokens.tolist() == [0, 4] and logps.isfinite().all()
-
-
-def test_random_numbers_are_even_and_apart():
-    keys = streams(0, [0] * 200)
-    numbers = np.array([uniforms(keys, [position] * 200) for position in range(200)])
-    assert numbers.min() >= 0.0 and numbers.max() < 1.0
-    counts, _ = np.histogram(numbers, bins=50, range=(0, 1))
-    assert np.abs(counts / 800 - 1).max() < 0.2
-    for a, b in ((numbers[:-1], numbers[1:]), (numbers[:, :-1], numbers[:, 1:])):
-        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.02
-    assert len(set(streams(0, [0, 1, 2]) + streams(1, [0, 1, 2]) + streams(0, [1, 1, 1]))) == 8
-
-
-def test_cpu_weights_change_no_logit_and_are_removed_after_use(model, monkeypatch):
-    ids = torch.arange(1, 12)[None]
-    with torch.inference_mode():
-        expected = model(ids, use_cache=False).logits
-        copies = CpuWeights(model)
-        with copies.used():
-            assert torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-5)
-    assert not any("forward" in vars(layer) for layer in model.modules())
-    monkeypatch.setattr(cpu_weights, "COPIED_BYTES", 100)
-    assert not CpuWeights(model)._forwards
-    assert not CpuWeights(qwen2().to(torch.bfloat16))._forwards

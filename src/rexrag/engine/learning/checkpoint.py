@@ -82,7 +82,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: LearnerProgress,
 ) -> None:
-    """Into a learner built from the same start and settings. Nothing changes unless all of it fits.
+    """Load into a learner with the same initial checkpoint and settings; it changes only if all of it fits.
 
     Raises CheckpointError.
     """
