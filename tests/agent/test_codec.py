@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rexrag.agent.codec import HFCodec, load_codec
@@ -24,8 +24,10 @@ def chat_tokenizer():
 
 
 @given(st.text())
+@example("<|end|>")
 def test_byte_level_text_survives_a_round_trip(text):
-    assert BPE.decode(BPE.encode(text)) == text
+    # A special token that is written out does not: it is broken.
+    assert BPE.decode(BPE.encode(text)) == text.replace("<|end|>", "< |end|>")
 
 
 @given(st.text())

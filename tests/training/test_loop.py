@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+import zstandard
 
 from rexrag.config import presets
 from rexrag.config.files import load_config, parse_config
@@ -13,7 +14,7 @@ from rexrag.errors import CheckpointError, DataError, RunFolderError, TrainingEr
 from rexrag.io import sha256_file, write_json
 from rexrag.method import CueTrie
 from rexrag.training import loop
-from rexrag.training.components import Components, Data
+from rexrag.training.components import Components, Data, Plugins
 from rexrag.training.loop import questions_of, step_seed, train
 from rexrag.training.run_folder import clear_unsaved, free_folder, has_checkpoint, held, last_checkpoint
 from rexrag.training.step import StepContext
@@ -166,6 +167,61 @@ def test_a_checkpoint_of_another_version_is_named(tmp_path, fake):
     write_json(folder / "digests.json", digests | {"state.json": sha256_file(folder / "state.json")})
     with pytest.raises(CheckpointError, match="no 'probe_success': made by another version"):
         train(config(), tmp_path / "run", resume=True)
+
+
+OLD = """
+name = "run"
+arm = "rex-rag"
+
+[policy]
+path = "embedded"
+
+[agent]
+template = "terse"
+format_reward = 0.0
+
+[method]
+rollouts = 2
+probe = true
+dead_ends = ["wrong"]
+probe_forced_turn = false
+cues = "default"
+filter = "none"
+keep = "fixed"
+keep_floor = 0.02
+keep_momentum = 0.1
+realignment = "paper"
+tail = "one"
+tail_cap = 1.0
+allow_large_alpha = true
+
+[train]
+questions = 2
+steps = 2
+save_every = 2
+
+[verl]
+gpu_tflops = 989.0
+gpu_bandwidth = 3350.0
+"""
+"""What 0.1.0 wrote for `config("train.steps=2")`."""
+
+
+def test_a_run_of_0_1_0_goes_on_and_keeps_its_settings(tmp_path, fake):
+    folder = tmp_path / "run"
+    whole = train(config(), tmp_path / "whole")
+    train(config("train.steps=2"), folder)
+    (folder / "config.toml").write_text(OLD)
+    checkpoint = folder / "checkpoints" / "step-2"
+    state = json.loads((checkpoint / "state.json").read_text())
+    write_json(checkpoint / "state.json", state | {"probe_accuracy": 0.5})
+    digests = json.loads((checkpoint / "digests.json").read_text())
+    write_json(checkpoint / "digests.json", digests | {"state.json": sha256_file(checkpoint / "state.json")})
+    assert presets.resolve(folder / "config.toml") == config("train.steps=2")
+    resumed = train(presets.resolve(folder / "config.toml", overrides=["train.steps=4"]), folder, resume=True)
+    assert resumed["steps"] == 4 and resumed["generated_tokens"] == whole["generated_tokens"]
+    assert load_config(folder / "config.toml") == config()
+    assert load_config(folder / "config-to-step-2.toml") == config("train.steps=2")
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, fake):
@@ -400,6 +456,7 @@ def test_diagnostics_and_a_fresh_world_are_measured_beside_the_budget(tmp_path):
     assert summary["em_fresh_after"]["n"] == 10 and summary["em_after"]["n"] == 12
 
 
+
 class DestroyedLearner(CountingLearner):
     """Drops every update."""
 
@@ -415,3 +472,46 @@ def test_updates_that_are_not_finite_five_times_in_a_row_end_the_run_with_one_li
         train(config("train.steps=50"), tmp_path / "run")
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 5
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def longer_is_worse(rollout):
+    return -float(len(rollout.tokens))
+
+
+def takes_every_answer(answer, question):
+    return True
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_reward_and_a_judge_of_answers_of_ones_own_reach_logs_and_evaluations(tmp_path, named):
+    overrides = [*REAL, "train.steps=1", "train.log_rollouts=99", "algorithm.probe_probability=1.0"]
+    plugins = Plugins(reward=longer_is_worse, answer_judge=takes_every_answer)
+    if named:
+        here, plugins = "tests.training.test_loop", None
+        overrides += [f"agent.reward={here}:longer_is_worse"]
+        overrides += [f"agent.answer_judge={here}:takes_every_answer"]
+    train(presets.resolve("quickstart", "rex-rag", overrides), tmp_path / "run", plugins=plugins)
+    with zstandard.open(tmp_path / "run" / "rollouts.jsonl.zst", "rt") as file:
+        logged = [json.loads(line) for line in file]
+    assert len(logged) == 9 and all(row["reward"] == -len(row["tokens"]) for row in logged)
+    assert all(row["correct"] == (row["answer"] is not None) for row in logged)
+    (step,) = rows(tmp_path / "run" / "metrics.jsonl")
+    assert step["reward/mean"] == pytest.approx(sum(row["reward"] for row in logged) / 9)
+    assert step["dead_ends/rate"] == step["probes/drawn"] == 0.0, "no answer is wrong"
+    for row in rows(tmp_path / "run" / "eval.jsonl"):
+        assert row["correct"]["value"] == pytest.approx(1.0 - row["unanswered"]) != row["em"]["value"]
+
+
+def gives_up(rollouts, context):
+    scores = context.score([(r.prompt, r.tokens) for r in rollouts], 1.0)
+    assert [len(score) for score in scores] == [len(r.tokens) for r in rollouts]
+    return [1.0] * len(rollouts)
+
+
+def test_a_judge_of_dead_ends_that_is_named_decides_who_is_probed(tmp_path):
+    judge = ["algorithm.dead_ends=judge", "algorithm.dead_end_judge=tests.training.test_loop:gives_up"]
+    overrides = [*REAL, *judge, "train.steps=1", "train.evals=0", "algorithm.probe_probability=1.0"]
+    train(presets.resolve("quickstart", "rex-rag-distill", overrides), tmp_path / "run")
+    (step,) = rows(tmp_path / "run" / "metrics.jsonl")
+    assert step["probes/drawn"] == 9.0 and step["dead_ends/rate"] < 1.0
+

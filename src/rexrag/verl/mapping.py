@@ -24,11 +24,7 @@ Value = Any
 PLUGIN, MODULES = "rexrag.verl.plugin", "VERL_USE_EXTERNAL_MODULES"
 """What verl imports in each of its processes, and the variable that says so."""
 
-AGGREGATIONS = {
-    "token-mean": "token-mean",
-    "sequence-mean": "seq-mean-token-mean",
-    "sequence-sum": "seq-mean-token-sum",
-}
+AGGREGATIONS = {"token-mean": "token-mean", "sequence-sum": "seq-mean-token-sum"}
 ESTIMATORS = {("mean", "std"): "grpo", ("mean", "none"): "grpo", ("leave-one-out", "none"): "rloo"}
 """(`advantage_baseline`, `advantage_scale`) → verl's estimator."""
 HELD_LOSS = "rexrag-held"

@@ -13,7 +13,7 @@ from rexrag.types import Origin, Probe, Question, Rollout, StopReason, Turn
 AGENT = "rexrag"
 """Name of the agent loop, of the trainer, and of our entry in a row's extra fields."""
 STATE_FILE = "rexrag.json"
-"""Our part of one of verl's checkpoints: counts, adaptive state, digests, lengths of the logs."""
+"""Our part of one of verl's checkpoints: counts, success of probes, digests, lengths of the logs."""
 
 _MODEL_TOKENS = (int(Origin.POLICY), int(Origin.CUE))
 _CARRIED = ("stop", "answer", "reward", "em", "correct", "forced_last_turn")
