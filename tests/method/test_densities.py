@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rexrag.errors import AlphaError, CutError, FailureRateError, MethodError, NonFiniteError, ShapeError
 from rexrag.method import CueTrie, mixture_log_density, probe_log_density
 from rexrag.method.densities import (
+    cue_density,
     failure_rates,
     guard_alpha,
     mixture_densities,
@@ -70,7 +71,7 @@ def test_batched_equals_one_by_one(rows):
     rates = torch.tensor([z for *_, z in rows], dtype=torch.float64)
     cuts = torch.tensor([cut for cut, *_ in rows])
     for kind in ("fine", "coarse"):
-        batched = probe_log_densities(logp, origin, cuts, table, lengths, rates, kind, 3)
+        batched = probe_log_densities(logp, origin, cuts, cue_density(table, kind, 3), lengths, rates)
         for i, (cut, cue, z) in enumerate(rows):
             alone = probe_log_density(logp[i], origin[i], cut, trie.log_prob(trie.cues[cue]), z, kind, 3)
             assert torch.allclose(batched[i], alone)

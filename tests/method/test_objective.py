@@ -198,13 +198,13 @@ def test_k3_is_zero_at_equality_and_never_negative():
 def test_diagnostics_by_label_count_every_trained_token_once():
     logp, behaviour, advantages, mask = streams(3, 8, 8)
     label = torch.randint(0, 3, (3, 8))
-    table = ratio_by_label(logp, behaviour, advantages, mask, label, 4)
+    table = ratio_by_label(logp, behaviour, advantages, mask, label)
     _, metrics = clipped_surrogate(logp, behaviour, advantages, mask)
     assert table[:, 0].sum() == mask.sum() and table[3, 0] == 0
     assert float(table[:, 1].sum() / table[:, 0].sum()) == pytest.approx(metrics["ratio_mean"])
     assert float(table[:, 2].sum() / table[:, 0].sum()) == pytest.approx(metrics["clip_share"])
     held = torch.rand(3, 8) < 0.5
-    table = ratio_by_label(logp, behaviour, advantages, mask, label, 4, truncated=held)
+    table = ratio_by_label(logp, behaviour, advantages, mask, label, truncated=held)
     _, metrics = clipped_surrogate(logp, behaviour, advantages, mask, truncated=held)
     assert float(table[:, 2].sum() / table[:, 0].sum()) == pytest.approx(metrics["clip_share"])
 

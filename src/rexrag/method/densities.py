@@ -51,12 +51,26 @@ def probe_log_density(
         policy_logp[None],
         origin[None],
         torch.tensor([cut], device=policy_logp.device),
-        cue_logp[None],
+        cue_density(cue_logp[None], kind, pool_size),
         torch.tensor([cue_logp.shape[0]], device=policy_logp.device),
         failure_rate,
-        kind,
-        pool_size,
     )[0]
+
+
+def cue_density(cue_logp: Tensor, kind: CueDensity = "fine", pool_size: int | None = None) -> Tensor:
+    """Log-density of each token of a cue: float [K, m] from the trie's log-shares, float [K, m].
+
+    `fine`: the log-shares. `coarse`: −log(pool_size) on the first token, 0 on the rest.
+    Raises MethodError (coarse without pool_size, unknown kind).
+    """
+    if kind == "fine":
+        return cue_logp
+    if kind != "coarse":
+        raise MethodError(f"kind = {kind!r}, expected 'fine' or 'coarse'")
+    if pool_size is None or pool_size < 1:
+        raise MethodError(f"pool_size = {pool_size}, kind 'coarse' expects the number of cues")
+    first = torch.arange(cue_logp.shape[1], device=cue_logp.device) == 0
+    return torch.zeros_like(cue_logp).masked_fill(first, -math.log(pool_size))
 
 
 def probe_log_densities(
@@ -66,13 +80,12 @@ def probe_log_densities(
     cue_logp: Tensor,
     cue_length: Tensor,
     failure_rate: float | Tensor,
-    kind: CueDensity = "fine",
-    pool_size: int | None = None,
 ) -> Tensor:
     """`probe_log_density` of K probes at once: float [K, T].
 
-    policy_logp: float [K, T]; origin: int [K, T]; cut, cue_length: int [K]; cue_logp: float [K, m], padded
-    on the right; failure_rate: z, a float or float [K]. Raises as `probe_log_density`.
+    policy_logp: float [K, T]; origin: int [K, T]; cut, cue_length: int [K]; cue_logp: `cue_density` of the
+    cues, float [K, m], padded on the right; failure_rate: z, a float or float [K]. Raises as
+    `probe_log_density`.
     """
     rows, length = _check_probes(policy_logp, origin, cut, cue_logp, cue_length)
     require_failure_rate(failure_rate)
@@ -85,9 +98,11 @@ def probe_log_densities(
     # With an empty o′ there is no token to carry z; the density is then 1/z times too small.
     per_token = log_z.expand(rows) / is_prefix.sum(dim=1).clamp(min=1)
     density = policy_logp - (is_prefix * per_token[:, None]).to(policy_logp.dtype)
-    return torch.where(
-        is_cue, _cue_density(position - start, cue_logp, kind, pool_size).to(density.dtype), density
-    )
+    of_cue = torch.zeros_like(density)
+    if cue_logp.shape[1]:
+        offset = (position - start).clamp(0, cue_logp.shape[1] - 1)
+        of_cue = cue_logp.gather(1, offset).to(density.dtype)
+    return torch.where(is_cue, of_cue, density)
 
 
 def mixture_log_density(policy_logp: Tensor, probe_logp: Tensor, alpha: float | Tensor) -> Tensor:
@@ -169,18 +184,6 @@ def guard_alpha(alpha: Tensor, clip_high: float, allow: bool = False) -> None:
             "positive advantage would be clipped at once; lower algorithm.keep_ratio, raise "
             "algorithm.clip_high, or set algorithm.allow_large_alpha = true"
         )
-
-
-def _cue_density(offset: Tensor, cue_logp: Tensor, kind: CueDensity, pool_size: int | None) -> Tensor:
-    if kind == "coarse":
-        if pool_size is None or pool_size < 1:
-            raise MethodError(f"pool_size = {pool_size}, kind 'coarse' expects the number of cues")
-        return torch.zeros_like(offset, dtype=cue_logp.dtype).masked_fill(offset == 0, -math.log(pool_size))
-    if kind != "fine":
-        raise MethodError(f"kind = {kind!r}, expected 'fine' or 'coarse'")
-    if cue_logp.shape[1] == 0:
-        return torch.zeros_like(offset, dtype=cue_logp.dtype)
-    return cue_logp.gather(1, offset.clamp(0, cue_logp.shape[1] - 1))
 
 
 def _check_probes(

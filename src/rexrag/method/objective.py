@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rexrag.errors import MethodError, ShapeError
 from rexrag.method.checks import require_finite, require_shape
+from rexrag.types import Segment
 
 Aggregation = Literal["token-mean", "sequence-sum"]
 
@@ -149,23 +150,22 @@ def ratio_by_label(
     advantages: Tensor,
     mask: Tensor,
     label: Tensor,
-    labels: int,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    clip: tuple[float, float] = (0.2, 0.2),
     truncated: Tensor | None = None,
 ) -> Tensor:
-    """Sums of (tokens, ratio, clipped tokens) per label of a token: float64 [labels, 3]; additive.
+    """Sums of (tokens, ratio, clipped tokens) per `Segment` of a token: float64 [segments, 3]; additive.
 
-    A token that is `truncated` (bool [B, T]) is never clipped.
+    label: int [B, T], the `Segment` of each token; clip: (low, high); truncated: bool [B, T], tokens that are
+    never clipped.
     """
     use = mask & torch.isfinite(logp) & torch.isfinite(behaviour_logp)
     ratio = torch.exp((logp - behaviour_logp)[use].double().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
     sign = advantages.double()[:, None].expand(logp.shape)[use]
-    is_clipped = ((sign > 0) & (ratio > 1.0 + clip_high)) | ((sign < 0) & (ratio < 1.0 - clip_low))
+    is_clipped = ((sign > 0) & (ratio > 1.0 + clip[1])) | ((sign < 0) & (ratio < 1.0 - clip[0]))
     if truncated is not None:
         is_clipped &= ~truncated[use]
     columns = torch.stack([torch.ones_like(ratio), ratio, is_clipped.double()], dim=-1)
-    return torch.zeros(labels, 3, dtype=torch.float64, device=ratio.device).index_add_(
+    return torch.zeros(len(Segment), 3, dtype=torch.float64, device=ratio.device).index_add_(
         0, label[use].long(), columns
     )
 

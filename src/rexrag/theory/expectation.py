@@ -22,6 +22,7 @@ from torch import Tensor
 from rexrag.method.advantages import group_advantages
 from rexrag.method.densities import (
     FAILURE_RATE_FLOOR,
+    cue_density,
     mixture_log_density,
     probe_log_densities,
 )
@@ -178,11 +179,9 @@ class _Setting:
                 logp,
                 probes.origin,
                 probes.cut,
-                world.trie.table()[probes.cue],
+                cue_density(world.trie.table()[probes.cue], self.estimator.cue_density, len(world.trie)),
                 probes.cue_length,
                 self.z,
-                self.estimator.cue_density,
-                len(world.trie),
             )
             behaviour = mixture_log_density(logp, density, self.alpha)
         elif kind == "context-distillation":

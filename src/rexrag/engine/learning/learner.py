@@ -12,7 +12,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,15 @@ from rexrag.method.objective import (
 )
 from rexrag.types import Sample, Segment
 
-Totals = defaultdict[str, float]
-"""Sums over the micro-batches of a step."""
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the mini-batches of an update. segments: `ratio_by_label`, float64 [segments, 3]."""
+
+    totals: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    segments: Tensor = field(default_factory=lambda: torch.zeros(len(Segment), 3, dtype=torch.float64))
+
+
 
 
 class LocalLearner:
@@ -86,15 +93,14 @@ class LocalLearner:
         rate = self.config.lr * min(1.0, (self.progress.steps + 1) / max(1, self.config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        totals: Totals = defaultdict(float)
-        segments = torch.zeros(len(Segment), 3, dtype=torch.float64)
+        tally = Tally()
         order = torch.randperm(len(samples), generator=self.progress.generator)
         for indices in order.tensor_split(self.config.minibatches):
-            self._minibatch([samples[i] for i in indices.tolist()], algorithm, temperature, totals, segments)
+            self._minibatch([samples[i] for i in indices.tolist()], algorithm, temperature, tally)
         self.progress.steps += 1
-        if totals["updates"] and self.mirror is not None:
+        if tally.totals["updates"] and self.mirror is not None:
             refresh(self.mirror, self.trained)
-        return {"lr": rate, **_metrics(totals, segments, algorithm)}
+        return {"lr": rate, **_metrics(tally, algorithm)}
 
     def save(self, folder: Path) -> None:
         """See `engine.base.Learner.save`. The weights load as a Hugging Face model unless they are a LoRA."""
@@ -121,11 +127,8 @@ class LocalLearner:
                 continue
             self.optimizer.zero_grad(set_to_none=True)
             rows: list[TokenRow] = [(sample.prompt, sample.tokens) for sample in only]
-            unused = torch.zeros(len(Segment), 3, dtype=torch.float64)
             for pack in pack_rows(rows, run, self.config.micro_tokens):
-                loss = self._loss(
-                    pack, only, policy_only, temperature, normalizer, defaultdict(float), unused
-                )
+                loss = self._loss(pack, only, policy_only, temperature, normalizer, Tally())
                 loss.backward()  # type: ignore[no-untyped-call]
             norms[segment.name.lower()] = float(
                 nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
@@ -140,34 +143,33 @@ class LocalLearner:
         samples: Sequence[Sample],
         algorithm: Shared,
         temperature: float,
-        totals: Totals,
-        segments: Tensor,
+        tally: Tally,
     ) -> None:
         masks = [torch.tensor([sample.mask]) for sample in samples]
         normalizer = sum(aggregation_normalizer(mask, algorithm.aggregation) for mask in masks)
         run = [i for i, s in enumerate(samples) if any(s.mask) and (s.advantage != 0.0 or algorithm.kl > 0)]
-        totals["rows"] += len(samples)
-        totals["rows_skipped"] += len(samples) - len(run)
-        totals["trained_tokens"] += sum(int(mask.sum()) for mask in masks)
+        tally.totals["rows"] += len(samples)
+        tally.totals["rows_skipped"] += len(samples) - len(run)
+        tally.totals["trained_tokens"] += sum(int(mask.sum()) for mask in masks)
         if not run:
-            totals["updates_skipped"] += 1
+            tally.totals["updates_skipped"] += 1
             return
         rows: list[TokenRow] = [(sample.prompt, sample.tokens) for sample in samples]
         self.optimizer.zero_grad(set_to_none=True)
         for pack in pack_rows(rows, run, self.config.micro_tokens):
-            loss = self._loss(pack, samples, algorithm, temperature, normalizer, totals, segments)
+            loss = self._loss(pack, samples, algorithm, temperature, normalizer, tally)
             loss.backward()  # type: ignore[no-untyped-call]
-            totals["micro_batches"] += 1
-            totals["loss"] += float(loss.detach())
+            tally.totals["micro_batches"] += 1
+            tally.totals["loss"] += float(loss.detach())
         norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.config.grad_clip))
         if math.isfinite(norm):
             self.optimizer.step()
             self.progress.updates += 1
-            totals["updates"] += 1
-            totals["grad_norm"] += norm
+            tally.totals["updates"] += 1
+            tally.totals["grad_norm"] += norm
         else:
             self.progress.nonfinite_updates += 1
-            totals["nonfinite_updates"] += 1
+            tally.totals["nonfinite_updates"] += 1
         self.optimizer.zero_grad(set_to_none=True)
 
     def _loss(
@@ -177,8 +179,7 @@ class LocalLearner:
         algorithm: Shared,
         temperature: float,
         normalizer: float,
-        totals: Totals,
-        segments: Tensor,
+        tally: Tally,
     ) -> Tensor:
         """The part of the mini-batch's loss that this micro-batch contributes."""
         device = next(self.model.parameters()).device
@@ -210,19 +211,19 @@ class LocalLearner:
             truncated=truncated,
             aggregation=algorithm.aggregation, normalizer=normalizer,
         )  # fmt: skip
-        totals["nonfinite_tokens"] += int(stats["nonfinite_tokens"])
+        tally.totals["nonfinite_tokens"] += int(stats["nonfinite_tokens"])
         if algorithm.kl > 0:
             assert self.reference is not None
             with torch.no_grad():
                 ref_logp = logps(self.reference)
-            totals["reference_tokens"] += len(pack.ids)
+            tally.totals["reference_tokens"] += len(pack.ids)
             kl, dropped = kl_penalty(logp, ref_logp, mask, algorithm.aggregation, normalizer)
-            totals["nonfinite_kl_tokens"] += dropped
+            tally.totals["nonfinite_kl_tokens"] += dropped
             loss = loss + algorithm.kl * kl
-            totals["kl"] += float(kl.detach())
+            tally.totals["kl"] += float(kl.detach())
         label = stream([r.segment or (Segment.BASE,) * len(r.tokens) for r in rows], torch.long)
-        segments += ratio_by_label(
-            logp.detach(), behaviour, advantages, mask, label, len(Segment), *clip, truncated
+        tally.segments += ratio_by_label(
+            logp.detach(), behaviour, advantages, mask, label, clip, truncated
         ).cpu()
         return loss
 
@@ -234,8 +235,9 @@ def restricted(sample: Sample, segment: Segment) -> Sample:
     return replace(sample, mask=mask)
 
 
-def _metrics(totals: Totals, segments: Tensor, algorithm: Shared) -> dict[str, float]:
+def _metrics(tally: Tally, algorithm: Shared) -> dict[str, float]:
     """Means over updates of loss, KL and gradient norm; counts; ratio and clip share, also by segment."""
+    totals, segments = tally.totals, tally.segments
     counts = ("updates", "updates_skipped", "nonfinite_updates", "rows", "rows_skipped", "micro_batches",
               "trained_tokens", "nonfinite_tokens")  # fmt: skip
     metrics = {name: totals[name] for name in counts}

@@ -15,6 +15,7 @@ from rexrag.config.algorithms import RexRag
 from rexrag.method.corrections.base import cue_tokens, on_policy, rows_as_written, trained_tokens
 from rexrag.method.cues import CueTrie
 from rexrag.method.densities import (
+    cue_density,
     failure_rates,
     guard_alpha,
     mixture_densities,
@@ -55,7 +56,8 @@ class Mixture:
     def _probe_densities(self, batch: Batch, probes: Tensor, z_K: Tensor) -> Tensor:
         cue_logp = torch.zeros(len(probes), 0, dtype=torch.float64)
         if self.trie is not None:
-            cue_logp = self.trie.table()[batch.cue[probes].clamp(min=0)]
+            shares = self.trie.table()[batch.cue[probes].clamp(min=0)]
+            cue_logp = cue_density(shares, self.algorithm.cue_density, len(self.trie))
         return probe_log_densities(
             batch.policy_logp[probes].double(),
             batch.origin[probes],
@@ -63,8 +65,6 @@ class Mixture:
             cue_logp,
             batch.cue_length[probes],
             z_K,
-            self.algorithm.cue_density,
-            len(self.trie) if self.trie is not None else 1,
         )
 
 
