@@ -346,6 +346,7 @@ def test_tools_print_what_they_found(run, files, monkeypatch):
     )
     findings = {finding["what"]: finding for finding in json.loads(run("doctor", "--json")[1])}
     assert {"torch", "embedded", "gpu"} <= set(findings)
+    assert findings["precision"]["detail"].startswith("policy.precision = auto is ")
     assert "hard questions: right by chance 0.0 %" in str(findings["embedded"])
 
 
