@@ -65,6 +65,8 @@ def _package(name: str, why: str, remedy: str) -> Finding:
 def _machine() -> list[Finding]:
     import torch
 
+    from rexrag.engine.precision import automatic
+    from rexrag.engine.sources import choose_device
     from rexrag.retrieval.index.estimate import available_memory
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -73,12 +75,14 @@ def _machine() -> list[Finding]:
     bf16 = torch.backends.cpu.get_cpu_capability()
     available = available_memory() / 2**30
     memory = f"{available:.1f} GiB free" if math.isfinite(available) else "this system does not say"
+    precision = automatic(choose_device("auto"))
     return [
         Finding("cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {bf16}"),
         Finding("memory", "ok", f"{memory}, disk {free:.0f} GiB free"),
         Finding("gpu", "ok", names)
         if gpus
         else Finding("gpu", "no", "the quickstart and models up to about 200 M parameters train on the CPU"),
+        Finding("precision", "ok", f"policy.precision = auto is {precision.name}: {precision.reason}"),
     ]
 
 
