@@ -9,7 +9,7 @@ from dataclasses import dataclass
 MODEL = "needs a model of a hub"
 GPUS = "needs several GPUs"
 LONG = "takes hours"
-MINUTES = "takes minutes and measures this machine"
+MINUTES = "takes minutes"
 SERVER = "needs a server of completions"
 OTHER_ADDRESS = "listens beyond loopback"
 OTHER = "needs another program"
@@ -57,7 +57,7 @@ HOW: dict[str, Run | str] = {
     ),
     "rexrag eval --policy runs/quickstart --strategy agent,reflect": Run(FEW),
     "rexrag doctor": Run(),
-    "python -m rexrag.theory.bias": Run("--horizon 6"),
+    "python -m rexrag.theory.bias": MINUTES,
     "rexrag train --resume --out runs/quickstart": Run(),
     "rexrag compare --arms grpo,rex-rag-distill,rex-rag --seeds 10 --first-seed 21 --evals 4 --budget generated --amount 60000 --set policy.path=tiny-hard --out runs/hard": LONG,
     "python benchmarks/arms.py experiments/results/hard.jsonl": Run(),
