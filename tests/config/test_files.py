@@ -27,9 +27,9 @@ def test_a_judged_dead_end_survives_a_round_trip():
 
 def test_overrides_are_typed_and_later_ones_win():
     config = parse_config(
-        {}, ["algorithm.kl=0.001", "data.train=a.jsonl", "algorithm.kl=0.5", "policy.autocast=true"]
+        {}, ["algorithm.kl=0.001", "data.train=a.jsonl", "algorithm.kl=0.5", "policy.lora_rank=8"]
     )
-    assert config.algorithm.kl == 0.5 and config.policy.autocast is True and config.data.train == "a.jsonl"
+    assert config.algorithm.kl == 0.5 and config.policy.lora_rank == 8 and config.data.train == "a.jsonl"
     assert parse_config({}, ["learner.betas=[0.9, 0.99]"]).learner.betas == (0.9, 0.99)
     assert parse_config({}, ["algorithm.name=grpo"]).algorithm == Grpo()
 

@@ -132,7 +132,7 @@ HOW: dict[str, Run | str] = {
         "--seeds 2 --amount 1500 --evals 1 --jobs 1" + SMALL
     ),
     "rexrag train quickstart --set policy.device=auto --out runs/gpu": Run(SMALL),
-    "rexrag train own-data --set policy.path=Qwen/Qwen2.5-0.5B-Instruct --set policy.autocast=true --out runs/autocast": MODEL,
+    "rexrag train own-data --set policy.path=Qwen/Qwen2.5-0.5B-Instruct --set policy.precision=bfloat16 --out runs/bfloat16": MODEL,
     "pip install -e '.[verl]'": INSTALL,
     "pip install 'verl[vllm,fsdp]==0.9.1'": INSTALL,
     "rexrag train qwen2.5-3b-nq-hotpot --dry-run": MODEL,
