@@ -14,7 +14,7 @@ import numpy as np
 
 from rexrag.agent.episode import Episode
 from rexrag.agent.reward import score_answer
-from rexrag.agent.scoring import Scoring
+from rexrag.agent.scoring import Scoring, matches_exactly
 from rexrag.config.schema import Config
 from rexrag.engine.base import Policy
 from rexrag.retrieval.base import Retriever
@@ -84,7 +84,7 @@ def scored_rollout(rollout: Rollout) -> Scored:
 def scored(question: Question, answer: str | None, searches: int, tokens: int, invalid: int) -> Scored:
     """An answer's EM, F1 and sub-EM beside what it took."""
     score = score_answer(answer, question.answers)
-    correct = score.em == 1.0
+    correct = answer is not None and matches_exactly(answer, question)
     return Scored(question, answer, score.em, score.f1, score.sub_em, searches, tokens, invalid, correct)
 
 
