@@ -1,28 +1,47 @@
 """Files: atomic writes, digests, and rows of JSON lines or parquet with errors that name the row.
 
-Whatever is written appears whole or not at all: it goes to a temporary name in the same folder, then is
-renamed. Rows are counted from 1, as an editor counts lines.
+Text files are read packed too (gzip, zstd, bzip2, xz), whatever they are called. Whatever is written appears
+whole or not at all: it goes to a temporary name in the same folder, then is renamed. Rows are counted from 1,
+as an editor counts lines.
 """
 
 from __future__ import annotations
 
+import bz2
+import glob
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
 import re
 import secrets
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
+
+import zstandard
 
 from rexrag.errors import DataError
 
 T = TypeVar("T")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters: text from models, documents and servers must not steer a terminal."""
+_TEMPORARY = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp")
+"""The name that something is written under before it is renamed, and the process that writes it."""
+PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
+"""First bytes of packed files."""
+UNPACKING = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+"""What reading a damaged packed file raises."""
+LINE_BYTES = 64 * 2**20
+"""The longest line that is read."""
+ZSTD_WINDOW = 2**27
+"""Memory that unpacking may take: what `zstd -d` allows."""
 Row = tuple[int, dict[str, Any]]
 """Number of a row in its file, from 1, and its fields by name."""
 
@@ -40,7 +59,7 @@ def check_writable(path: str | Path) -> None:
     path = Path(path).absolute()
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = _temporary_name(path)
+        probe = temporary_name(path)
         probe.mkdir()
         probe.rmdir()
 
@@ -61,7 +80,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file to write; it replaces `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
+    temporary = temporary_name(path)
     try:
         with _naming(path):
             opened = temporary.open("xb")
@@ -82,7 +101,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
+    temporary = temporary_name(path)
     with _naming(path):
         temporary.mkdir()
     try:
@@ -94,7 +113,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def replace_folder(new: Path, path: Path) -> None:
     """Rename folder `new` to `path`; what stood there is removed, and put back where the rename fails."""
-    replaced = _temporary_name(path)
+    replaced = temporary_name(path)
     try:
         # Two renames, because a folder cannot be renamed onto one that holds files.
         if path.exists():
@@ -177,27 +196,68 @@ def read_jsonl(path: str | Path) -> Iterator[Row]:
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
+    with open_text(path) as file:
+        number = 0
+        while line := _line(file, path, number := number + 1):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
                 yield number, line
 
 
+def _line(file: BinaryIO, path: str | Path, number: int) -> bytes:
+    """The next line, empty at the end. A few kilobytes of a packed file can hold a line of gigabytes."""
+    try:
+        line = file.readline(LINE_BYTES + 1)
+    except UNPACKING as error:
+        raise DataError(f"damaged or cut off: {error}", file=path, row=number) from None
+    if len(line) > LINE_BYTES:
+        raise DataError(f"a line of more than {LINE_BYTES:,} bytes", file=path, row=number)
+    return line
+
+
+def packing(path: str | Path) -> str:
+    """How a file is packed, by its first bytes: gzip, zstd, bzip2, xz; empty where it is not."""
+    with _open(path) as file:
+        begin = file.read(max(map(len, PACKED)))
+    return next((name for magic, name in PACKED.items() if begin.startswith(magic)), "")
+
+
+def open_text(path: str | Path) -> BinaryIO:
+    """The bytes of a text file, unpacked as they are read. Raises DataError where it cannot be read."""
+    kind = packing(path)
+    if kind == "gzip":
+        return cast(BinaryIO, gzip.open(path))
+    if kind == "bzip2":
+        return cast(BinaryIO, bz2.open(path))
+    if kind == "xz":
+        return cast(BinaryIO, lzma.open(path))
+    file = _open(path)
+    if kind == "zstd":
+        unpacking = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+        unpacked = unpacking.stream_reader(file, read_across_frames=True)
+        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, unpacked)))
+    return file
+
+
 def read_parquet(path: str | Path) -> Iterator[Row]:
     """Stream the rows of a parquet file; a null is kept as None. Raises DataError where it is not parquet."""
+    with _open(path) as file:
+        yield from parquet_rows(path, file)
+
+
+def parquet_rows(path: str | Path, file: BinaryIO) -> Iterator[Row]:
+    """The rows of an open parquet file; `path` is what errors call it. Raises DataError."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    with _open(path) as file:
-        try:
-            number = 0
-            for batch in parquet.ParquetFile(file).iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-        except (arrow.ArrowException, OSError) as error:
-            raise DataError(f"not readable as parquet: {error}", file=path) from None
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"not readable as parquet: {error}", file=path) from None
 
 
 def parse_rows(
@@ -253,8 +313,42 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub("�", text)
 
 
-def _temporary_name(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` to write under before it is renamed; `sweep` knows it."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a name is one that this module writes under before it renames."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def sweep(path: str | Path) -> None:
+    """Remove what killed processes left of writing `path`: temporary names beside it.
+
+    Those of a process that is alive are left alone.
+    """
+    path = Path(path).absolute()
+    if not path.parent.is_dir():
+        return
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        found = _TEMPORARY.fullmatch(left.name)
+        if found is None or found[1] != path.name or _alive(int(found[2])):
+            continue
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def _open(path: str | Path) -> BinaryIO:

@@ -56,6 +56,12 @@ def test_f1_by_hand():
     assert f1("yes", ["Yes."]) == 1.0
 
 
+@pytest.mark.parametrize("text", ["A", "The The", "!", ""])
+def test_answers_of_which_nothing_is_left_are_equal(text):
+    assert (exact_match(text, ["an"]), f1(text, ["an"]), sub_exact_match(text, ["an"])) == (1.0, 1.0, 1.0)
+    assert (exact_match(text, ["Al"]), f1(text, ["Al"])) == (0.0, 0.0)
+
+
 def test_sub_exact_match_looks_inside_the_prediction():
     assert sub_exact_match("it was James Madison in 1812", ["madison"]) == 1.0
     assert sub_exact_match("Madison", ["James Madison"]) == 0.0
@@ -67,8 +73,7 @@ def test_scores_are_ordered_fractions(prediction, answers):
     em, token_f1, sub = (score(prediction, answers) for score in (exact_match, f1, sub_exact_match))
     assert 0.0 <= em <= sub <= 1.0
     assert 0.0 <= token_f1 <= 1.0
-    if em and normalize_answer(prediction):
-        assert token_f1 == 1.0
+    assert token_f1 == 1.0 or not em
     assert exact_match(prediction, [*answers, prediction]) == 1.0
 
 

@@ -127,8 +127,11 @@ def test_an_out_folder_that_cannot_be_used(run, files):
         (["train", "quickstart", "--resume", "--out", "r"], ["r/config.toml", "not quickstart", "--set"]),
         (["train", "--set", "retriever.url=http://127.0.0.1:1"], ["retriever.url", "kind = 'remote'"]),
         (["eval", "--index", "a", "--retriever", "http://127.0.0.1:1"], ["--index and --retriever"]),
-        (["eval", "--policy", "tiny-hard", "--vouch", "wiki18-e5"], ["--vouch", "remote retriever only"]),
-        (["ask", "x", "--policy", "http://127.0.0.1:1/v1"], ["rexrag eval takes an endpoint"]),
+        (
+            ["eval", "--policy", "tiny-hard", "--assume-retriever", "wiki18-e5"],
+            ["--assume-retriever", "remote retriever only"],
+        ),
+        (["ask", "x", "--model", "m"], ["--model", "endpoint"]),
         (["score", "nothing.jsonl"], ["nothing.jsonl"]),
         (["retrieve", "x"], ["exactly one of --index"]),
         (["serve", "nothing"], ["nothing", "no index here"]),
@@ -222,7 +225,7 @@ def test_an_evaluation_of_a_run_uses_its_own_settings_and_gives_its_own_number(r
     digest = result["policy"]["digest"][:8]
     assert result["out"] == f"runs/eval/r-checkpoints-step-1-{digest}", "a later checkpoint is another policy"
     code, out, _ = run("eval", "--show", result["out"])
-    assert code == 0 and "agent: scores" in out and "direct minus agent" in out
+    assert code == 0 and out.count("minus agent") == out.count("scores in percent") == 1
     assert max(map(len, out.splitlines()[:-1])) <= 80
 
 
@@ -266,6 +269,27 @@ def test_an_endpoint_is_evaluated(run, served):
     assert "the-model at http://127.0.0.1" in result["policy"]["name"] and len(server.requests) == 4
 
 
+def test_an_endpoint_is_asked(run, served, files):
+    _, words = served
+    url, tokenizer = words[3], words[5]
+    folder, _ = files
+    ask = ["ask", "Who?", "--config", "quickstart", "--policy", url, "--tokenizer", tokenizer]
+    ask += ["--set", f"data.corpus={folder}/corpus.jsonl"]
+    code, out, err = run(*ask, "--json")
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer == {
+        "answer": "again",
+        "trace": answer["trace"],
+        "searches": 0,
+        "tokens": answer["tokens"],
+        "confidence": None,
+    }
+    assert "<answer>" in answer["trace"] and answer["tokens"] > 2
+    code, out, _ = run(*ask)
+    assert code == 0 and f"answer: again  (0 searches, {answer['tokens']} tokens)" in out
+
+
 @pytest.mark.parametrize(("dialect", "votes", "turns"), [("vllm", 1, 0), ("text", 1, 4), ("text", 2, 8)])
 def test_turns_that_an_endpoint_gives_as_text_are_counted(run, served, dialect, votes, turns):
     server, words = served
@@ -301,7 +325,9 @@ def test_what_an_evaluation_refuses(run, files, tmp_path, monkeypatch):
     refused(run("eval", "--policy", "tiny-hard", "--data", folder / "train.jsonl"), "no corpus", "--corpus")
     refused(run("eval", "--policy", "no/such/model"), "no/such/model")
     refused(run("eval", "--model", "m"), "--model", "endpoint")
-    refused(run("eval", "--vouch", "me"), "--vouch me")
+    refused(run("eval", "--assume-retriever", "me"), "--assume-retriever me")
+    code, out, _ = run("eval", "--vouch", "me")
+    assert code == 2 and "--vouch is now called --assume-retriever" in out
     refused(run("eval", "--strategy", "agnet"), "agnet", "agent")
     refused(run("eval", "--sets", "nq"), "--data")
     refused(run("eval", "--show", folder), "no eval.json")

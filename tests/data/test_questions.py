@@ -10,13 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rexrag.data.questions import (
-    bare_question,
-    load_questions,
-    parse_question,
-    questions_digest,
-    write_questions,
-)
+from rexrag.data.question_rows import bare_question, parse_question
+from rexrag.data.questions import load_questions, questions_digest, write_questions
 from rexrag.errors import ConfigError, DataError
 from rexrag.io import FieldError
 from rexrag.types import Question
@@ -130,12 +125,12 @@ BAD = [
     (plain(question=None), "question", "missing; expected a text"),
     (plain(question=" "), "question", "expected a text that is not blank"),
     (plain(question=["who?"]), "question", "expected a text, got list"),
-    (plain(answers=None), "answers", "missing; expected a list of texts"),
-    (plain(answers="Ada"), "answers", "expected a list of texts, got str 'Ada'"),
+    (plain(answers=None), "answers", "missing; expected a text, a number or a list"),
+    (plain(answers=True), "answers", "expected a text, a number or a list of them, got bool True"),
     (plain(answers=[]), "answers", "expected at least one answer"),
     (plain(answers=["Ada", ""]), "answers.1", "expected a text that is not blank"),
-    (plain(answers=[1843]), "answers.0", "expected a text, got int 1843"),
-    ({"question": "who?", "golden_answers": {}}, "golden_answers", "expected a list of texts, got dict"),
+    (plain(answers=[["Ada"]]), "answers.0", "expected a text, a number or a list of them, got list"),
+    ({"question": "who?", "golden_answers": {}}, "golden_answers", "expected one of value, Value"),
     (plain(id=1.5), "id", "expected a text or a whole number, got float 1.5"),
     (plain(hops=-1), "hops", "expected a whole number of at least 0"),
     (plain(hops=True), "hops", "expected a whole number of at least 0"),
@@ -151,13 +146,12 @@ BAD = [
     (search_r1(prompt=[{"role": "user", "content": 3}]), "prompt.0.content", "expected a text, got int 3"),
     (search_r1(" "), "prompt.content", "expected a text that is not blank"),
     (search_r1(reward_model="rule"), "reward_model", "expected an object, got str 'rule'"),
-    (search_r1(reward_model={}), "reward_model.ground_truth", "expected an object"),
-    (search_r1(reward_model={"ground_truth": "Ada"}), "reward_model.ground_truth", "expected an object"),
-    (search_r1(reward_model={"ground_truth": {}}), "reward_model.ground_truth.target", "missing"),
+    (search_r1(reward_model={}), "reward_model.ground_truth", "missing; expected a text"),
+    (search_r1(reward_model={"ground_truth": {}}), "reward_model.ground_truth", "expected one of"),
     (
-        search_r1(reward_model={"ground_truth": {"target": "Ada"}}),
-        "reward_model.ground_truth.target",
-        "expected a list of texts, got str 'Ada'",
+        search_r1(reward_model={"ground_truth": {"target": [True]}}),
+        "reward_model.ground_truth.target.0",
+        "expected a text, a number or a list of them, got bool True",
     ),
     (search_r1(index=[1]), "extra_info.index", "expected a text or a whole number"),
     (search_r1(extra_info=[1]), "extra_info", "expected an object"),
@@ -189,8 +183,8 @@ def test_duplicates_are_refused_within_a_source_and_split_only(tmp_path: Path) -
 
 
 def test_files_that_cannot_be_questions(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"unknown suffix '\.csv'; expected \.jsonl or \.parquet"):
-        load_questions(tmp_path / "q.csv")
+    with pytest.raises(DataError, match=r"unknown suffix '\.txt'; expected \.jsonl, \.json, \.parquet"):
+        load_questions(tmp_path / "q.txt.gz")
     with pytest.raises(DataError, match="no such file"):
         load_questions(tmp_path / "q.jsonl")
     with pytest.raises(DataError, match="no questions"):

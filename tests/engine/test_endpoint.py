@@ -1,7 +1,11 @@
 """A policy behind an OpenAI-compatible endpoint: the local engine's rollouts; a server that fails."""
 
+import asyncio
+import time
+
 import pytest
 import torch
+from fastapi.responses import StreamingResponse
 from transformers import AutoModelForCausalLM
 
 from rexrag.agent.codec import load_codec
@@ -9,10 +13,11 @@ from rexrag.agent.episode import Episode
 from rexrag.config.schema import AgentConfig, PolicyConfig
 from rexrag.data.world.generator import World
 from rexrag.engine.endpoint import EndpointPolicy, connect
-from rexrag.engine.endpoint.client import CompletionClient, base_url, parse_completion
+from rexrag.engine.endpoint import client as client_module
+from rexrag.engine.endpoint.client import Completion, CompletionClient, base_url, parse_completion
 from rexrag.engine.endpoint.policy import _trimmed_stop, _without_end
 from rexrag.engine.loading import load_policy, resolve
-from rexrag.errors import ConfigError, ModelError
+from rexrag.errors import ConfigError, EndpointError, ModelError
 from rexrag.retrieval.rankers.bm25 import BM25Retriever
 from rexrag.types import Origin, Question
 from tests.support.completions_server import CompletionsServer, says, scripted, slow, status
@@ -151,6 +156,112 @@ def test_a_fault_is_tried_again_and_then_ends_its_own_rollout_only(fault):
     assert episodes[1].rollout().answer == "Oslo"
 
 
+def test_a_page_instead_of_json_shows_its_first_words():
+    server = serve()
+    server.faults = [says("<html><h1>It works!</h1></html>")] * 3
+    with running(server.app) as url:
+        (episode,), _ = roll(policy_at(url))
+    assert episode.failure.endswith("'<html><h1>It works!</h1></html>'")
+
+
+def test_the_first_failure_is_said_at_once(capsys):
+    client = CompletionClient("http://127.0.0.1:9/v1", "m", retries=2, sleep=lambda seconds: None)
+    with pytest.raises(EndpointError, match="failed 3 times"):
+        client.complete([65], 5, 0.0, 0)
+    client.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rexrag: http://127.0.0.1:9/v1") and "trying again, 2 times at most" in line
+
+
+def test_proxy_settings_that_cannot_be_used_are_one_line(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "localhost,fe80::/10")
+    with pytest.raises(ConfigError, match="NO_PROXY"):
+        CompletionClient("http://policy.invalid:8000/v1", "m")
+    CompletionClient("http://127.0.0.1:8000/v1", "m").close()  # a proxy is not asked for this machine
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(client_module, "MOST_BYTES", 1000)
+    server = serve()
+    server.faults = [says("x" * 5000)] * 3
+    with running(server.app) as url:
+        (episode,), _ = roll(policy_at(url))
+    assert "the answer is longer than 1,000 bytes" in episode.failure
+
+
+def test_an_answer_that_trickles_in_is_given_up_after_the_time_limit():
+    async def trickle():
+        for _ in range(100):
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    server = serve()
+    server.faults = [lambda body: StreamingResponse(trickle())]
+    with running(server.app) as url:
+        start = time.monotonic()
+        (episode,), _ = roll(policy_at(url, retries=0, timeout=0.5))
+    assert "no whole answer within 0.5 s" in episode.failure and time.monotonic() - start < 4
+
+
+def test_more_text_than_its_tokens_can_hold_is_refused_before_it_is_encoded():
+    body = {"choices": [{"text": "word " * 1_200_000, "finish_reason": "stop"}]}
+    with pytest.raises(ValueError, match=r"a text of 6,000,000 characters for 48 tokens at most"):
+        parse_completion(body, [1], 48)
+
+
+class SmallCodec(CharCodec):
+    vocabulary = 1000
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (
+            {"text": "hm <search> it </search>", "token_ids": [104, 5000]},
+            "token id 5000, but 1,000 are known",
+        ),
+        ({"text": "hm", "token_ids": [65, 66]}, "its token ids say str 'AB', its text str 'hm'"),
+    ],
+)
+def test_a_wrong_tokenizer_is_found_out_in_the_first_answer(choice, said):
+    server = serve()
+    server.faults = [says({"choices": [{"finish_reason": "stop", **choice}]})]
+    with running(server.app) as url:
+        client = CompletionClient(f"{url}/v1", "the-model", sleep=lambda seconds: None)
+        with pytest.raises(ConfigError) as caught:
+            roll(EndpointPolicy(client, SmallCodec()))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert "is not that of the-model; name it with --tokenizer" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hm <search> it",
+        "hm <search> it </search>",
+        " hm<search>it</search>",
+        "",
+        "hm <search> it </search> \ufffd",
+    ],
+)
+def test_text_may_lack_its_stop_its_spaces_and_cut_characters(text):
+    policy = EndpointPolicy(CompletionClient("http://x:1", "m"), CODEC)
+    done = Completion(text, tuple(CODEC.encode("hm <search> it </search>")), True, None, False)
+    assert policy.tokens(done, 100) == (CODEC.encode("hm <search> it </search>"), True)
+    policy.client.close()
+
+
+def test_a_running_event_loop_is_no_obstacle():
+    """A notebook has one."""
+
+    async def in_a_notebook(url):
+        return roll(policy_at(url))
+
+    with running(serve().app) as url:
+        ((episode,), _) = asyncio.run(in_a_notebook(url))
+    assert episode.rollout().answer == "Oslo"
+
+
 def test_tokens_that_say_nothing_are_a_fault_and_not_an_endless_loop():
     body = {"choices": [{"text": "abc", "token_ids": [], "finish_reason": "length"}]}
     with pytest.raises(ValueError, match="an empty completion at the token limit"):
@@ -256,7 +367,7 @@ def test_what_connect_refuses(monkeypatch):
 def test_the_token_is_sent_and_never_part_of_the_identity(monkeypatch):
     monkeypatch.setenv("REXRAG_POLICY_TOKEN", "secret")
     client = CompletionClient("http://127.0.0.1:1/v1", "m")
-    assert client._http.headers["Authorization"] == "Bearer secret"
+    assert client._http._http.headers["Authorization"] == "Bearer secret"
     with_token = EndpointPolicy(client, CODEC).digest
     client.close()
     monkeypatch.delenv("REXRAG_POLICY_TOKEN")

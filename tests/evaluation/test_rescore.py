@@ -1,6 +1,7 @@
 """Re-scoring recorded traces: 125 real rollouts, and files that are wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +64,38 @@ def test_an_empty_file_has_zero_totals(tmp_path):
     assert (totals.rows, totals.em) == (0, 0.0)
 
 
+CASES = Path(__file__).parents[1] / "cases"
+
+
+def test_answers_of_which_nothing_is_left_after_normalisation_are_right():
+    scores, _ = score_traces(CASES / "traces_f1_article.jsonl")
+    assert [(score.em, score.f1, score.sub_em) for score in scores] == [(1.0, 1.0, 1.0)] * 2
+
+
+def test_a_thought_that_the_prompt_opened_is_well_formed(tmp_path):
+    ((score,), _) = score_traces(CASES / "traces_think_in_prompt.jsonl")
+    assert score.well_formed
+    row = {"question": "q?", "answers": "Al", "response": "x</think><answer>Al</answer>"}
+    opened, closed, spelled = (
+        write(
+            tmp_path,
+            row | {"prompt": "q?<|assistant|><think>\n"},
+            row | {"prompt": "q?<|assistant|>"},
+            row | {"response": "<think>a</think>b</think><answer>Al</answer>"},
+        )
+        .read_text()
+        .splitlines()
+    )
+    path = write(tmp_path, opened, closed, spelled)
+    assert [score.well_formed for score in score_traces(path)[0]] == [True, False, False]
+
+
+@pytest.mark.parametrize("answer", ["Al", 7, ["Al", 7], '["Al"]', {"value": "Al", "aliases": ["A. L."]}])
+def test_answers_are_read_by_the_rule_of_question_files(tmp_path, answer):
+    ((score,), _) = score_traces(write(tmp_path, GOOD | {"answers": answer}))
+    assert score.em == float(answer != 7)
+
+
 @pytest.mark.parametrize(
     ("row", "field"),
     [
@@ -70,7 +103,7 @@ def test_an_empty_file_has_zero_totals(tmp_path):
         (GOOD | {"response": 3}, "response"),
         (GOOD | {"response": "\ud800"}, "response"),
         (GOOD | {"answers": []}, "answers"),
-        (GOOD | {"answers": [1]}, "answers"),
+        (GOOD | {"answers": [[1]]}, "answers.0"),
         (GOOD | {"answers": None}, "answers"),
         (GOOD | {"question": " "}, "question"),
         (GOOD | {"em": "1"}, "em"),

@@ -9,14 +9,14 @@ import pytest
 from rexrag.agent.reward import has_answer
 from rexrag.config.schema import AgentConfig, Config, DataConfig, RetrieverConfig
 from rexrag.errors import ConfigError, DataError, RetrievalError
-from rexrag.evaluation import runner
-from rexrag.evaluation.cells import Choices, make_plan
+from rexrag.evaluation.cells import Choices, plan_evaluation
 from rexrag.evaluation.corpus_audit import audit
 from rexrag.evaluation.paired_tests import compare, load_evaluation
 from rexrag.evaluation.policies import PolicySource
-from rexrag.evaluation.published import BUDGET, PUBLISHED, cell_obstacles, obstacles
+from rexrag.evaluation.published import BUDGET, PUBLISHED, cell_differences, setup_differences
 from rexrag.evaluation.records import read_records
-from rexrag.evaluation.runner import GONE, Options, run
+from rexrag.evaluation.runner import MOST_FAILURES, Options, run
+from rexrag.evaluation.strategies import STRATEGIES
 from rexrag.types import Document, Question
 from tests.support.fakes import ScriptedPolicy
 
@@ -70,7 +70,7 @@ def plan(files, policy, out="out", digest="p", config=None, **choices):
     data = DataConfig(corpus=str(files / "corpus.jsonl"))
     config = config or Config(agent=AGENT, data=data, retriever=RetrieverConfig(topk=1))
     choices = Choices(**({"data": [str(files / "q.jsonl")]} | choices))
-    return make_plan(PolicySource("fake", digest, policy.load), config, choices, files / out)
+    return plan_evaluation(PolicySource("fake", digest, policy.load), config, choices, files / out)
 
 
 def test_a_second_run_asks_nothing_and_gives_the_same(files):
@@ -126,8 +126,10 @@ def test_a_killed_run_goes_on_where_it_stood(files):
 
         def auditing(self): ...
 
-        def advanced(self, cell, rows):
-            raise Killed
+        def answered(self, cell, row):
+            self.rows = getattr(self, "rows", 0) + 1
+            if self.rows == 6:
+                raise Killed
 
     with pytest.raises(Killed):
         run(plan(files, Counting()), Options(batch=4), Killer())
@@ -136,7 +138,7 @@ def test_a_killed_run_goes_on_where_it_stood(files):
         file.write(b'{"group": "s/q/9", "quest')  # a line cut in half by the kill
     policy = Counting()
     again = run(plan(files, policy), Options(batch=4))
-    assert len(policy.asked) == 2 * (N - 4)
+    assert len(policy.asked) == 2 * (N - 6)  # every row that was finished is kept, also within a batch
 
     def timeless(result):
         return [{k: v for k, v in cell.items() if k != "seconds"} for cell in result["cells"]]
@@ -168,11 +170,11 @@ def test_failed_rows_are_kept_apart_and_asked_again(files):
 
 
 def test_an_endpoint_that_is_gone_is_not_asked_for_every_question(files):
-    rows = [{"id": str(i), "question": f"q{i}", "answers": ["a"]} for i in range(GONE + 20)]
+    rows = [{"id": str(i), "question": f"q{i}", "answers": ["a"]} for i in range(MOST_FAILURES + 20)]
     (files / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run(plan(files, Counting(failing={row["id"] for row in rows})), Options(batch=8))
     failures = result["failures"]
-    assert failures["failed"] == GONE and failures["unasked"] == 20 and failures["share"] == 1.0
+    assert failures["failed"] == MOST_FAILURES and failures["unasked"] == 20 and failures["share"] == 1.0
     assert "32 failures in a row, the last: time-out" in failures["stopped"]
 
 
@@ -215,18 +217,71 @@ def test_a_query_that_the_retriever_refuses_fails_its_question_alone(files):
     )
 
 
-def test_a_question_that_does_not_fit_fails_alone(files, monkeypatch):
+def test_a_question_that_does_not_fit_fails_alone(files):
+    rows = (files / "q.jsonl").read_text().replace('"q5"', json.dumps("word " * 1000))
+    (files / "q.jsonl").write_text(rows)
+    policy = Counting()
+    result = run(plan(files, policy), Options(audit=False))
+    ((reason, count),) = result["failures"]["reasons"].items()
+    assert "its prompt has 5" in reason and "agent.total_tokens = 3000" in reason and count == 1
+    assert "5" not in policy.asked and result["cells"][0]["em"]["n"] == N - 1
+
+
+def test_rows_are_written_and_told_one_by_one(files):
     made = plan(files, Counting())
-    strategy = runner.STRATEGIES["agent"]
+    (cell,) = made.cells
+    written = []
 
-    def narrow(bench, questions):
-        if any(question.id == "5" for question in questions):
-            raise DataError("prompt of 9,999 tokens")
-        return strategy(bench, questions)
+    class Watching:
+        def started(self, total, cached): ...
 
-    monkeypatch.setattr(runner, "STRATEGIES", {"agent": narrow})
-    result = run(made, Options(audit=False))
-    assert result["failures"]["reasons"] == {"prompt of 9,999 tokens": 1}
+        def auditing(self): ...
+
+        def answered(self, cell, row):
+            file = made.out / "cells" / cell.name / "records.jsonl"
+            written.append((row["group"], len(file.read_bytes().splitlines())))
+
+    run(made, Options(batch=64, audit=False), Watching())
+    assert written == [(q.group, i) for i, q in enumerate(cell.questions.questions, 1)]
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+@pytest.mark.parametrize("votes", [1, 3])
+def test_a_sampled_row_does_not_depend_on_what_is_asked_beside_it(files, strategy, votes):
+    """So that an evaluation that was killed and went on is the one that was not."""
+
+    def seeds(**options):
+        policy, used = Counting(), {}
+        load = policy.load
+
+        def watched():
+            made = load()
+            session = made.session
+
+            def watching():
+                opened = session()
+                drive = opened.run
+
+                def note(episodes, retriever, temperature, seed):
+                    for episode, one in zip(episodes, seed, strict=True):
+                        used.setdefault(episode.question.group, []).append(one)
+                    drive(episodes, retriever, temperature, seed)
+
+                opened.run = note
+                return opened
+
+            made.session = watching
+            return made
+
+        policy.load = watched
+        made = plan(
+            files, policy, f"out{len(options)}{options}", strategies=[strategy], votes=votes, temperature=1.0
+        )
+        run(made, Options(audit=False, **options))
+        return {group: sorted(found) for group, found in used.items()}
+
+    whole = seeds()
+    assert whole == seeds(batch=5) and len({one for found in whole.values() for one in found}) >= N * votes
 
 
 def test_a_corpus_that_is_not_there_is_known_before_anything_is_asked(files):
@@ -282,7 +337,7 @@ def test_where_every_row_failed_the_reasons_are_told(files):
     run(plan(files, Counting(), "a"), Options())
     result = run(plan(files, broken, "b", digest="b", strategies=["agent", "direct"]),
                  Options(against=(files / "a",)))  # fmt: skip
-    assert result["failures"]["reasons"] and all(row["way"] != "agent" for row in result["paired"])
+    assert result["failures"]["reasons"] and all(row["system"] != "agent" for row in result["paired"])
 
 
 def test_paired_differences(files):
@@ -305,7 +360,7 @@ def test_paired_differences(files):
 def test_a_vote_is_compared_with_the_same_strategy_and_other_sets_are_refused_at_once(files):
     run(plan(files, Counting(), "a", strategies=["direct", "agent"]), Options())
     result = run(plan(files, Counting(), "b", votes=3), Options(against=(files / "a",)))
-    assert [(row["way"], row["other"]) for row in result["paired"]] == [("agent ×3", "agent")]
+    assert [(row["system"], row["other"]) for row in result["paired"]] == [("agent ×3", "agent")]
     (files / "r.jsonl").write_text(json.dumps({"question": "z", "answers": ["z"]}) + "\n")
     policy = Counting()
     with pytest.raises(ConfigError, match="holds none of the sets r"):
@@ -313,13 +368,23 @@ def test_a_vote_is_compared_with_the_same_strategy_and_other_sets_are_refused_at
     assert policy.loads == 0
 
 
-def test_every_way_is_compared_with_the_first(files):
+def test_every_system_is_compared_with_the_first(files):
     result = run(plan(files, Counting(), strategies=["agent", "direct", "rag"]), Options())
-    assert [(row["way"], row["against"]) for row in result["paired"]] == [
+    assert [(row["system"], row["against"]) for row in result["paired"]] == [
         ("direct", "agent"),
         ("rag", "agent"),
     ]
     assert set(result["macro"]) == {"agent", "direct", "rag"}
+
+
+def test_an_evaluation_of_an_older_version_is_read(files):
+    run(plan(files, Counting(), "a", strategies=["agent", "direct"]), Options())
+    file = files / "a" / "eval.json"
+    file.write_text(file.read_text().replace('"system":', '"way":'))
+    result, rows = load_evaluation(files / "a")
+    assert {cell["system"] for cell in result["cells"]} == {"agent", "direct"} and len(rows) == 2
+    again = run(plan(files, Counting(), "b", digest="b"), Options(against=(files / "a",)))
+    assert [row["other"] for row in again["paired"]] == ["agent"]
 
 
 def test_a_macro_average_weighs_sets_not_questions(files):
@@ -397,23 +462,23 @@ def test_the_paper_s_set_up_is_comparable():
     remote = RetrieverConfig(kind="remote", url="http://x")
     config = Config(retriever=remote)
     assert {name: getattr(config.agent, name) for name in BUDGET} == BUDGET
-    assert obstacles(config, Wikipedia(), "wiki18-e5") == []
-    assert "cannot be seen" in obstacles(config, Wikipedia())[0]
+    assert setup_differences(config, Wikipedia(), "wiki18-e5") == []
+    assert "cannot be seen" in setup_differences(config, Wikipedia())[0]
     other = ["retriever bm25, not exact search with E5-base-v2"]
-    assert obstacles(Config(), Wikipedia()) == other
+    assert setup_differences(Config(), Wikipedia()) == other
     named = Config(retriever=RetrieverConfig(kind="bm25", encoder="intfloat/e5-base-v2"))
-    assert obstacles(named, Wikipedia()) == other, "a name in the settings is no encoder"
+    assert setup_differences(named, Wikipedia()) == other, "a name in the settings is no encoder"
     for ann, expected in (("flat", []), ("hnsw", other)):
         e5 = Wikipedia()
         e5.ranker = SimpleNamespace(
             options=SimpleNamespace(ann=ann),
             encoder=SimpleNamespace(card=SimpleNamespace(model="intfloat/e5-base-v2")),
         )
-        assert obstacles(Config(), e5) == expected
+        assert setup_differences(Config(), e5) == expected
     few = Config(retriever=RetrieverConfig(topk=5), agent=AgentConfig(search_turns=2))
     assert any(
         "search_turns 2 instead of 5, top-k 5 instead of 3" in reason
-        for reason in obstacles(few, Wikipedia())
+        for reason in setup_differences(few, Wikipedia())
     )
 
 
@@ -422,10 +487,10 @@ def test_a_set_is_comparable_where_all_of_it_was_asked():
 
     questions = [Question(str(i), "q", ("a",), "bamboogle", "test") for i in range(125)]
     whole = whole_set("bamboogle", questions, "")
-    assert cell_obstacles(whole, "agent", 1, 0.0) == []
-    assert cell_obstacles(sample(whole, 20), "agent", 1, 0.0) == ["20 of 125 questions"]
-    assert len(cell_obstacles(whole, "rag", 1, 1.0)) == 2
-    assert cell_obstacles(whole_set("mine", questions, ""), "agent", 1, 0.0)
+    assert cell_differences(whole, "agent", 1, 0.0) == []
+    assert cell_differences(sample(whole, 20), "agent", 1, 0.0) == ["20 of 125 questions"]
+    assert len(cell_differences(whole, "rag", 1, 1.0)) == 2
+    assert cell_differences(whole_set("mine", questions, ""), "agent", 1, 0.0)
 
 
 def test_rows_of_records_are_read_back(files):

@@ -4,9 +4,10 @@ import pytest
 
 from rexrag.agent.prompts import cue_pool
 from rexrag.config.schema import AgentConfig, Config, RetrieverConfig
-from rexrag.evaluation.attempt import Bench
+from rexrag.evaluation.context import StrategyContext
 from rexrag.evaluation.records import record
-from rexrag.evaluation.strategies import STRATEGIES, voted
+from rexrag.evaluation.side_by_side import answer_all
+from rexrag.evaluation.strategies import STRATEGIES
 from rexrag.training.validation import evaluate
 from rexrag.types import Question
 from tests.support.fakes import CharCodec, FakeRetriever, ScriptedPolicy, document
@@ -41,10 +42,14 @@ class PromptPolicy(ScriptedPolicy):
         return session
 
 
-def run(name, policy, documents=None, questions=None, **named):
+def run(name, policy, documents=None, questions=None, votes=1, **named):
+    """Attempts in the order of the questions, and the retriever."""
     retriever = FakeRetriever(documents or {})
-    bench = Bench(policy, retriever, CONFIG, cues=cue_pool("default"), **named)
-    return STRATEGIES[name](bench, questions or [question()]), retriever
+    context = StrategyContext(policy, retriever, CONFIG, cues=cue_pool("default"), **named)
+    questions, attempts = questions or [question()], []
+    answer_all(context, name, votes, questions, attempts.append)
+    places = [asked.group for asked in questions]
+    return sorted(attempts, key=lambda attempt: places.index(attempt.question.group)), retriever
 
 
 def test_the_agent_is_the_training_s_evaluation():
@@ -53,7 +58,7 @@ def test_the_agent_is_the_training_s_evaluation():
 
     questions = [question(), question("Who?", "2", ("Nobody",))]
     retriever = FakeRetriever({"it": [OSLO]})
-    attempts = STRATEGIES["agent"](Bench(ScriptedPolicy(script), retriever, CONFIG), questions)
+    attempts, _ = run("agent", ScriptedPolicy(script), {"it": [OSLO]}, questions)
     trained = evaluate(ScriptedPolicy(script), questions, retriever, CONFIG)
     rows = [record(attempt, "agent") for attempt in attempts]
     assert [row["em"] for row in rows] == trained.figures["em_by_question"] == [1.0, 0.0]
@@ -168,12 +173,9 @@ def test_votes_are_counted_as_em_normalises_them():
     def script(asked, turn, attempt):
         return "hm" if says[attempt] is None else f"<answer> {says[attempt]} </answer>"
 
-    bench = Bench(ScriptedPolicy(script), FakeRetriever(), CONFIG, 1.0)
-    (attempt,) = voted(STRATEGIES["agent"], 6)(bench, [question()])
+    (attempt,), _ = run("agent", ScriptedPolicy(script), votes=6, temperature=1.0)
     assert attempt.answer == "the Oslo" and attempt.votes == {"rome": 2, "oslo": 3}
-    (lone,) = voted(STRATEGIES["agent"], 1)(
-        Bench(ScriptedPolicy(lambda *_: "hm"), FakeRetriever(), CONFIG), [question()]
-    )
+    (lone,), _ = run("agent", ScriptedPolicy(lambda *_: "hm"), votes=2)
     assert lone.answer is None and lone.votes == {}
 
 
@@ -204,11 +206,28 @@ def test_a_policy_that_gives_up_fails_the_row_and_no_other(name):
 def test_passages_leave_room_for_a_turn():
     """A long prompt drops its worst passages instead of the question's turn."""
     agent = AGENT.model_copy(update={"total_tokens": 1400})
-    bench = Bench(
-        PromptPolicy(lambda p, s: "no"), FakeRetriever(), CONFIG.model_copy(update={"agent": agent})
-    )
+    config = CONFIG.model_copy(update={"agent": agent})
+    context = StrategyContext(PromptPolicy(lambda p, s: "no"), FakeRetriever(), config)
     documents = [document(f"T{i}", "x" * 150) for i in range(12)]
-    episode = bench.reading("rag", question(), documents)
+    episode = context.with_passages("rag", question(), documents)
     prompt = CODEC.decode(episode.prompt)
     assert len(prompt) + agent.turn_tokens <= agent.total_tokens
     assert "T0" in prompt and "T11" not in prompt
+
+
+def test_an_attempt_is_reported_while_others_go_on():
+    """A question that is done in the first round does not wait for one that needs three."""
+    done = []
+
+    def say(prompt, said):
+        done.append(len(reported))
+        return "<answer> Oslo </answer>" if "Quick" in prompt else "The capital lies in the north."
+
+    policy, reported = PromptPolicy(say), []
+    questions = [question("Slow?", "1"), question("Quick?", "2")]
+    context = StrategyContext(policy, FakeRetriever(), CONFIG)
+    answer_all(context, "ircot", 1, questions, reported.append)
+    assert [attempt.question.id for attempt in reported] == ["2", "1"]
+    assert done == [0, 0, 1, 1, 1], (
+        "two in the first round; then two more and the last reading of one question"
+    )

@@ -51,6 +51,11 @@ class HFCodec:
         return self._eos_ids
 
     @cached_property
+    def vocabulary(self) -> int:
+        """Ids are below this."""
+        return 1 + max(self.tokenizer.get_vocab().values(), default=-1)
+
+    @cached_property
     def digest(self) -> str:
         """Identity of what prompts and turns depend on: vocabulary and rules, chat template, end tokens."""
         template = str(self.tokenizer.chat_template)

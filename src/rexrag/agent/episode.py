@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary, ref
 
 from rexrag.agent.prompts import render_prompt
 from rexrag.agent.protocols import Action, AgentProtocol, protocol_of
+from rexrag.agent.protocols.tags import LONGEST_TOKEN
 from rexrag.agent.scoring import Scoring
 from rexrag.config.schema import AgentConfig
 from rexrag.errors import DataError
@@ -121,6 +122,11 @@ class Episode:
         self._stops = _tables(codec, config.protocol, config.evidence_tokens)
         if message is None:
             message = render_prompt(config.template, question.text)
+        if len(message) > LONGEST_TOKEN * config.total_tokens:  # before hours of encoding
+            raise DataError(
+                f"question '{question.group}': its prompt has {len(message):,} characters, "
+                f"agent.total_tokens = {config.total_tokens} leaves no room for a response"
+            )
         self.prompt: tuple[int, ...] = tuple(codec.prompt(message))
         self._room = config.total_tokens - len(self.prompt)
         if self._room < 1:

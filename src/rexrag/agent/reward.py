@@ -33,7 +33,8 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 def f1(prediction: str, answers: Sequence[str]) -> float:
     """Best token F1 of the normalised prediction against any answer, in [0, 1].
 
-    SQuAD's bag-of-words F1, with HotpotQA's rule that yes, no and noanswer only match themselves.
+    SQuAD's bag-of-words F1, with HotpotQA's rule that yes, no and noanswer only match themselves, and SQuAD
+    2.0's that two texts of which nothing is left ("A", "The The") are equal.
     """
     normalised = normalize_answer(prediction)
     return max((_token_f1(normalised, normalize_answer(answer)) for answer in answers), default=0.0)
@@ -80,7 +81,9 @@ def has_answer(text: str, answers: Sequence[str]) -> bool:
 
 
 def _token_f1(prediction: str, answer: str) -> float:
-    if prediction != answer and {prediction, answer} & _VERDICTS:
+    if prediction == answer:
+        return 1.0
+    if {prediction, answer} & _VERDICTS:
         return 0.0
     said, gold = prediction.split(), answer.split()
     common = sum((Counter(said) & Counter(gold)).values())

@@ -66,11 +66,12 @@ class Scoring:
         em, correct = 0.0, False
         if rollout.answer is not None:
             em = exact_match(rollout.answer, rollout.question.answers)
-            correct = self._judged(rollout.answer, rollout.question)
+            correct = self.judged(rollout.answer, rollout.question)
         rollout = replace(rollout, em=em, correct=correct)
         return replace(rollout, reward=self._rewarded(rollout))
 
-    def _judged(self, answer: str, question: Question) -> bool:
+    def judged(self, answer: str, question: Question) -> bool:
+        """Is the answer correct? Raises PluginError where the judge says neither yes nor no."""
         verdict = self.judge(answer, question)
         if not isinstance(verdict, bool | int):
             raise PluginError(

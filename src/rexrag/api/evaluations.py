@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rexrag.api.agents import Agent, load_agent
-from rexrag.evaluation.cells import Choices, make_plan
+from rexrag.evaluation.cells import Choices, plan_evaluation
 from rexrag.evaluation.runner import Options, run
 
 
@@ -64,5 +64,7 @@ def evaluate(
     loaded = agent if isinstance(agent, Agent) else load_agent(agent)
     files = [str(questions)] if isinstance(questions, str | Path) else [str(f) for f in questions]
     choices = Choices(data=files, strategies=tuple(strategies), votes=votes, limit=limit)
-    plan = make_plan(loaded.parts.source, loaded.config, choices, Path(out))
+    plan = plan_evaluation(
+        loaded.parts.source, loaded.config, choices, Path(out), loaded.parts.given_retriever
+    )
     return Evaluation(Path(out), run(plan, Options()))

@@ -8,7 +8,7 @@ import traceback
 import typer
 
 from rexrag import __version__
-from rexrag.cli import config, evaluation, models, search, tools, training
+from rexrag.cli import ask, config, data, doctor, evaluation, models, score, search, training
 from rexrag.errors import RexragError
 from rexrag.io import printable
 
@@ -19,12 +19,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-training.register(app)
-evaluation.register(app)
-tools.register(app)
-search.register(app)
-models.register(app)
-config.register(app)
+for command in (training, evaluation, ask, score, doctor, data, search, models, config):
+    command.register(app)
 
 
 def _version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""What is installed, what this machine can run, and the command that adds what is missing."""
+"""`rexrag doctor`: what is installed, what this machine can run, and what adds what is missing."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import math
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import typer
+
 from rexrag import __version__
+from rexrag.cli.training import JsonOption
 from rexrag.errors import ModelError
 
 NEEDED = (
@@ -45,6 +48,25 @@ class Finding:
     """ok, missing, or no."""
     detail: str
     remedy: str = ""
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(doctor)
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """What is installed, what this machine can run, and the command that adds what is missing.
+
+    Example: rexrag doctor --json
+    """
+    from rexrag.cli.display import stdout, table
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+        return
+    rows = [(f.what, f.state, f.detail, f.remedy or "–") for f in findings]
+    stdout().print(table("rexrag doctor", ("what", "state", "detail", "to add it"), rows, words=True))
 
 
 def examine() -> list[Finding]:

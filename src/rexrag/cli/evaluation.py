@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
-from rexrag.cli.training import JsonOption, SetOption
+from rexrag.cli.training import AllowPlugins, JsonOption, SetOption
+
+if TYPE_CHECKING:  # what they import is slow to load, and a command line is parsed first
+    from rexrag.config.schema import Config
+    from rexrag.evaluation.cells import Choices
+    from rexrag.evaluation.policies import EndpointOptions
+    from rexrag.evaluation.runner import Options
 
 
 def register(app: typer.Typer) -> None:
@@ -49,10 +57,11 @@ def evaluate(
     show: Annotated[Path | None, typer.Option(help="Print a finished evaluation; runs nothing.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what is cached.")] = False,
     audit: Annotated[bool, typer.Option(help="Look for questions the corpus cannot answer.")] = True,
-    vouch: Annotated[
+    assume_retriever: Annotated[
         str, typer.Option(help="wiki18-e5: the remote retriever is the paper's.", metavar="NAME")
     ] = "",
-    batch: Annotated[int, typer.Option(help="Attempts run side by side between two writes.", min=1)] = 64,
+    vouch: Annotated[str, typer.Option(hidden=True)] = "",
+    batch: Annotated[int, typer.Option(help="Attempts run side by side.", min=1)] = 64,
     max_failed: Annotated[
         float, typer.Option(help="Exit 1 where a larger share of the rows failed.", min=0.0, max=1.0)
     ] = 0.01,
@@ -62,6 +71,7 @@ def evaluate(
     timeout: Annotated[float, typer.Option(help="Endpoint: seconds for an answer.", min=0.1)] = 120.0,
     retries: Annotated[int, typer.Option(help="Endpoint: tries after the first.", min=0)] = 5,
     override: SetOption = None,
+    allow_plugins: AllowPlugins = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score a policy and its baselines: EM, F1, evidence, cost, with intervals, beside published numbers.
@@ -74,44 +84,38 @@ def evaluate(
       rexrag eval --policy runs/quickstart --strategy agent,reflect,direct --against runs/eval/before
       rexrag eval --policy Qwen/Qwen2.5-3B --data FOLDER --index INDEX --limit 500
       rexrag eval --policy http://127.0.0.1:8000/v1 --data RUC-NLPIR/FlashRAG_datasets \\
-          --sets nq,hotpotqa --retriever http://127.0.0.1:8001 --vouch wiki18-e5
+          --sets nq,hotpotqa --retriever http://127.0.0.1:8001 --assume-retriever wiki18-e5
       rexrag eval --policy models/a --data dev.jsonl --corpus corpus.jsonl --votes 5
       rexrag eval --show runs/eval/a --against runs/eval/b          two finished evaluations, paired
     """
     from rexrag.cli.display import stdout
-    from rexrag.cli.display_eval import EvalProgress, print_evaluation
+    from rexrag.cli.display_eval import print_evaluation
     from rexrag.errors import EvaluationError
+    from rexrag.evaluation.cells import Choices
+    from rexrag.evaluation.policies import EndpointOptions, resolve_config
+    from rexrag.evaluation.runner import Options
 
     console = stdout()
     console.quiet = as_json
+    if vouch:
+        console.print("--vouch is now called --assume-retriever")
     if show is not None:
         result = _shown(show, against or [])
     else:
-        overrides = _searched(corpus, index, retriever)
-        progress = EvalProgress(console)
-        try:
-            result = _run(
-                policy, config, [*overrides, *(override or [])],
-                choices={
-                    "data": data or [], "sets": _names(sets), "strategies": _names(strategy), "votes": votes,
-                    "limit": limit, "stratify": stratify, "seed": seed, "temperature": temperature,
-                },
-                options={
-                    "batch": batch, "audit": audit, "fresh": fresh, "against": tuple(against or []),
-                    "vouch": vouch,
-                },
-                endpoint={
-                    "model": model, "tokenizer": tokenizer, "concurrency": concurrency, "timeout": timeout,
-                    "retries": retries,
-                },
-                out=out, progress=progress,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            progress.stop()
-            console.print("stopped; what was answered is kept: the same command goes on")
-            raise
-        finally:
-            progress.stop()
+        overrides = [*_searched(corpus, index, retriever), *(override or [])]
+        settings = resolve_config(policy, config, overrides, allow_plugins)
+        choices = Choices(
+            data=data or [], sets=_names(sets), strategies=_names(strategy), votes=votes, limit=limit,
+            stratify=stratify, seed=seed, temperature=temperature,
+        )  # fmt: skip
+        options = Options(
+            batch=batch, audit=audit, fresh=fresh, against=tuple(against or []),
+            assumed_retriever=assume_retriever or vouch,
+        )  # fmt: skip
+        endpoint = EndpointOptions(
+            model=model, tokenizer=tokenizer, concurrency=concurrency, timeout=timeout, retries=retries
+        )
+        result = _run(policy, settings, choices, options, endpoint, out, console)
     if as_json:
         print(json.dumps(result))
     else:
@@ -126,30 +130,34 @@ def evaluate(
 
 def _run(
     policy: str,
-    config: str | None,
-    overrides: list[str],
-    *,
-    choices: dict[str, Any],
-    options: dict[str, Any],
-    endpoint: dict[str, Any],
+    settings: Config,
+    choices: Choices,
+    options: Options,
+    endpoint: EndpointOptions,
     out: Path | None,
-    progress: Any,
+    console: Console,
 ) -> dict[str, Any]:
-    from rexrag.evaluation.cells import Choices, make_plan
-    from rexrag.evaluation.policies import EndpointOptions, is_endpoint, open_policy, resolve_config
-    from rexrag.evaluation.published import check_vouched
-    from rexrag.evaluation.runner import Options, run
+    from rexrag.cli.display_eval import EvalProgress
+    from rexrag.evaluation.cells import plan_evaluation
+    from rexrag.evaluation.policies import is_endpoint, open_policy
+    from rexrag.evaluation.published import check_assumed
+    from rexrag.evaluation.runner import run
 
-    settings = resolve_config(policy, config, overrides)
-    check_vouched(options["vouch"], settings.retriever)
-    source = open_policy(policy, settings.policy, EndpointOptions(**endpoint))
+    check_assumed(options.assumed_retriever, settings.retriever)
+    source = open_policy(policy, settings.policy, endpoint)
     if is_endpoint(policy):  # a batch ends with its slowest rollout, so it holds several rounds of them
-        options["batch"] = max(options["batch"], 4 * endpoint["concurrency"])
+        options = replace(options, batch=max(options.batch, 4 * endpoint.concurrency))
+    progress = EvalProgress(console)
     try:
         where = out or Path("runs/eval") / f"{_slug(source.name)}-{source.digest[:8]}"
-        plan = make_plan(source, settings, Choices(**choices), where)
-        return run(plan, Options(**options), progress) | {"out": str(plan.out)}
+        plan = plan_evaluation(source, settings, choices, where)
+        return run(plan, options, progress) | {"out": str(plan.out)}
+    except KeyboardInterrupt:
+        progress.stop()
+        console.print("stopped; what was answered is kept: the same command goes on")
+        raise
     finally:
+        progress.stop()
         source.close()
 
 

@@ -58,11 +58,13 @@ class DataConfig(Model):
     """Questions and corpus. `world` generates the embedded fictional world instead of reading files."""
 
     train: str = ""
-    """Questions: .jsonl or .parquet, plain or Search-R1 rows. Empty: the embedded world."""
+    """Questions (see `data.question_files`, `data.question_rows`). Empty: the embedded world."""
     dev: str = ""
     """Held-out questions, in the same formats."""
     corpus: str = ""
     """Passages to search: a .jsonl with `contents`, or `title` and `text`."""
+    skip_long: bool = False
+    """Leave out questions whose prompt fills `agent.total_tokens`, instead of refusing the whole file."""
     world_seed: int = 0
     """Which embedded world."""
     world_people: Count = 120

@@ -4,7 +4,7 @@
 |---|---|
 | FlashRAG jsonl | `FOLDER/nq/test.jsonl`, `FOLDER/nq.jsonl`; on a hub, one configuration a set |
 | Search-R1 parquet | `FOLDER/test.parquet` or a file, told apart by `data_source`; on a hub, split `test` |
-| your own | any file that `data.questions` reads, named after the file; or a folder with `dev.jsonl` |
+| any other | a file that `data.question_files` reads, named after the file; or a folder with `dev.jsonl` |
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from rexrag.data.apportion import apportion
-from rexrag.data.questions import READERS, collect_questions, load_questions, questions_digest, rank_questions
+from rexrag.data.question_files import PACKED, READERS, file_format, file_stem
+from rexrag.data.questions import collect_questions, load_questions, questions_digest, rank_questions
 from rexrag.errors import ConfigError, DataError
 from rexrag.types import Question
 
@@ -34,20 +35,25 @@ class Benchmark:
 
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
     {
-        "nq": Benchmark("NQ", "test", 3_610, ("natural_questions", "nq_open")),
+        "nq": Benchmark("NQ", "test", 3_610, ("natural_questions", "nq_open", "nq_open.dev", "nq_test")),
         "triviaqa": Benchmark("TriviaQA", "test", 11_313, ("trivia_qa", "tqa")),
         "popqa": Benchmark("PopQA", "test", 14_267),
-        "hotpotqa": Benchmark("HotpotQA", "dev", 7_405, ("hotpot_qa", "hotpot")),
+        "hotpotqa": Benchmark(
+            "HotpotQA",
+            "dev",
+            7_405,
+            ("hotpot_qa", "hotpot", *(f"hotpot_dev_{k}_v1" for k in ("fullwiki", "distractor"))),
+        ),
         "2wikimultihopqa": Benchmark("2Wiki", "dev", 12_576, ("2wiki",)),
-        "musique": Benchmark("MuSiQue", "dev", 2_417),
+        "musique": Benchmark("MuSiQue", "dev", 2_417, ("musique_ans_v1.0_dev",)),
         "bamboogle": Benchmark("Bamboogle", "test", 125),
     }
 )
 """In the paper's order, under FlashRAG's names; splits and sizes as Search-R1 evaluates them (arXiv
 2503.09516), 51,713 questions in all."""
 
-LONE_FILES = ("test.parquet", "test.jsonl", "dev.parquet", "dev.jsonl")
-"""A folder that is no collection of sets may hold one of these, in this order."""
+LONE_STEMS = ("test", "dev")
+"""A folder that is no collection of sets may hold one of these, in any format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,7 @@ def load_sets(source: str, wanted: Sequence[str] = (), partly: bool = False) -> 
     path = Path(source).expanduser()
     if path.is_dir():
         found = _from_folder(path, names)
-    elif path.exists() or path.suffix.lower() in READERS:
+    elif path.exists() or file_format(path) in READERS:
         found = _from_file(path)
     elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
         found = list(_from_hub(source, names))
@@ -150,7 +156,7 @@ def _from_folder(folder: Path, names: Sequence[str]) -> list[QuestionSet]:
             found += [] if file is None else [whole_set(name, load_split(file, name), str(file))]
     if found:
         return found
-    lone = next((folder / name for name in LONE_FILES if (folder / name).is_file()), None)
+    lone = next((file for stem in LONE_STEMS if (file := _file(folder, stem))), None)
     if lone is None:
         _refuse_unknown(names)
         expected = "nq.jsonl, nq/test.jsonl (FlashRAG), test.parquet (Search-R1) or dev.jsonl"
@@ -165,26 +171,31 @@ def _refuse_unknown(names: Sequence[str]) -> None:
 
 
 def _file_of(folder: Path, name: str) -> Path | None:
-    """The file of a set in a folder, whatever it is called there."""
+    """The file of a set in a folder, under any of the set's names, in any format."""
     benchmark = BENCHMARKS[name]
     for alias in (name, *benchmark.aliases):
         for stem in (f"{alias}/{benchmark.split}", alias, f"{alias}_{benchmark.split}"):
-            for suffix in READERS:
-                if (folder / f"{stem}{suffix}").is_file():
-                    return folder / f"{stem}{suffix}"
+            found = _file(folder, stem)
+            if found is not None:
+                return found
     return None
+
+
+def _file(folder: Path, stem: str) -> Path | None:
+    names = (f"{stem}{suffix}{packing}" for packing in ("", *PACKED) for suffix in READERS)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def load_split(file: Path, name: str) -> list[Question]:
     """The questions of one set's file; rows that name another source keep it."""
     benchmark = BENCHMARKS.get(name)
-    return load_questions(file, source=name, split=benchmark.split if benchmark else file.stem)
+    return load_questions(file, source=name, split=benchmark.split if benchmark else file_stem(file))
 
 
 def _from_file(file: Path, name: str = "") -> list[QuestionSet]:
     """The sets in one file, told apart by the source that its rows name."""
-    stem = canonical(file.stem)
-    if stem not in BENCHMARKS and file.stem in ("test", "dev", "train"):
+    stem = canonical(file_stem(file))
+    if stem not in BENCHMARKS and stem in ("test", "dev", "train"):
         stem = name or canonical(file.absolute().parent.name)
     return _by_source(load_split(file, stem), str(file))
 

@@ -31,12 +31,18 @@ class Session(Protocol):
         """
         ...
 
-    def run(self, episodes: Sequence[Episode], retriever: Retriever, temperature: float, seed: int) -> None:
+    def run(
+        self,
+        episodes: Sequence[Episode],
+        retriever: Retriever,
+        temperature: float,
+        seed: int | Sequence[int],
+    ) -> None:
         """Run every episode until it is done.
 
         `temperature` 0 is greedy. The tokens of an episode depend on `seed`, its place in `episodes` and its
-        own tokens, not on other episodes. An episode with a `parent` that ran in this session starts from a
-        copy of the parent's cache.
+        own tokens, not on other episodes; with a seed for each episode, on that and its own tokens alone. An
+        episode with a `parent` that ran in this session starts from a copy of the parent's cache.
         """
         ...
 

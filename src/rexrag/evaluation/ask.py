@@ -1,27 +1,73 @@
-"""One question, its trace printed while it is written."""
+"""One question answered by an agent. `rexrag ask` and the Python API stand on `ask`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from rexrag.agent.episode import Codec, Episode
-from rexrag.config.schema import AgentConfig, Config
-from rexrag.engine.loading import load_policy
+from rexrag.agent.episode import Episode
+from rexrag.config.schema import Config
+from rexrag.engine.base import Policy
+from rexrag.errors import EndpointError
 from rexrag.io import printable
-from rexrag.retrieval import make_retriever
-from rexrag.training.components import check_window, load_data
-from rexrag.types import Question, Rollout
+from rexrag.retrieval.base import Retriever
+from rexrag.types import Origin, Question, searches_run
 
 
-class EchoingEpisode(Episode):
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an agent answered, and what it took."""
+
+    answer: str | None
+    """None where it never answered."""
+    trace: str
+    """Its whole response: thoughts, searches, evidence, answer."""
+    searches: int
+    """Searches that were run."""
+    tokens: int
+    """Tokens that the policy wrote."""
+    confidence: float | None = None
+    """P(the answer is right), calibrated; None where no judge was asked."""
+
+
+def ask(
+    policy: Policy,
+    question: str,
+    retriever: Retriever,
+    config: Config,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> Answer:
+    """Roll out one question. `on_text` gets the response piece by piece, while it is written.
+
+    temperature 0 is greedy; seed matters above 0. Raises DataError where the question is too long,
+    RetrievalError, EndpointError.
+    """
+    asked = Question("asked", question, ("",))
+    episode = _StreamedEpisode(asked, policy.codec, config.agent, config.retriever.topk)
+    episode.on_text = on_text
+    session = policy.session()
+    try:
+        session.run([episode], retriever, temperature, seed)
+    finally:
+        session.close()
+    if episode.failure:
+        raise EndpointError(episode.failure)
+    forced = len(episode.turns) > config.agent.search_turns
+    return Answer(
+        answer=episode.answer,
+        trace=policy.codec.decode(episode.tokens),
+        searches=searches_run(episode.turns, forced),
+        tokens=episode.origins.count(int(Origin.POLICY)),
+    )
+
+
+class _StreamedEpisode(Episode):
     """An episode that hands on its text as it grows."""
 
-    def __init__(
-        self, question: Question, codec: Codec, config: AgentConfig, topk: int, say: Callable[[str], None]
-    ) -> None:
-        super().__init__(question, codec, config, topk)
-        self._say, self._said = say, ""
+    on_text: Callable[[str], None] | None = None
+    _told = ""
 
     def sampled(self, token: int, logp: float) -> None:
         super().sampled(token, logp)
@@ -32,35 +78,10 @@ class EchoingEpisode(Episode):
         self._tell()
 
     def _tell(self) -> None:
+        if self.on_text is None:
+            return
         text = self.codec.decode(self.tokens)
         # A character of several tokens shows as a replacement mark until it is whole.
-        if text.startswith(self._said) and not text.endswith("�"):
-            self._say(printable(text[len(self._said) :]))
-            self._said = text
-
-
-def ask(
-    question: str,
-    config: Config,
-    temperature: float = 0.0,
-    seed: int = 0,
-    say: Callable[[str], None] | None = None,
-) -> Rollout:
-    """Roll out one question with the configured policy and corpus. Raises RexragError."""
-    policy = load_policy(config.policy)
-    check_window(policy, config)
-    corpus = load_data(config.data).corpus
-    retriever = make_retriever(config.retriever, corpus)
-    asked = Question("asked", question, ("",))
-    episode = EchoingEpisode(asked, policy.codec, config.agent, config.retriever.topk, say or _write)
-    session = policy.session()
-    try:
-        session.run([episode], retriever, temperature, seed)
-    finally:
-        session.close()
-    return episode.rollout()
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+        if text.startswith(self._told) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self.on_text(printable(text[len(self._told) :]))
+            self._told = text

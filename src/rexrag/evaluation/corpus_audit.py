@@ -44,12 +44,12 @@ def audit(
 
     Memory grows with the questions, not with the corpus. An answer that was found is not looked for again.
     """
-    waiting = _Patterns(question for questions in sets.values() for question in questions)
+    patterns = _Patterns(question for questions in sets.values() for question in questions)
     count = 0
     for document in documents:
         count += 1
-        waiting.look(document.contents)
-    return {name: _sorted_out(questions, waiting.found) for name, questions in sets.items()}, count
+        patterns.look(document.contents)
+    return {name: _split(questions, patterns.found) for name, questions in sets.items()}, count
 
 
 class _Patterns:
@@ -77,7 +77,7 @@ class _Patterns:
                     self._by_first[word] = [other for other in self._by_first[word] if other != pattern]
 
 
-def _sorted_out(questions: Sequence[Question], found: set[str]) -> Audit:
+def _split(questions: Sequence[Question], found: set[str]) -> Audit:
     judged = [question for question in questions if evidence_answers(question.answers)]
     names = {question.group for question in judged}
     return Audit(

@@ -48,32 +48,36 @@ def macro(cells: Sequence[Records], name: str = "em") -> dict[str, float] | None
     return macro_interval(groups) if groups and all(groups) else None
 
 
-def compare(
-    ours: Mapping[tuple[str, str], Records], theirs: Mapping[tuple[str, str], Records], label: str
-) -> list[dict[str, Any]]:
-    """Rows of differences for every (set, way) that both hold, and a macro average for each way.
+Tables = Mapping[tuple[str, str], Records]
+"""Rows of an evaluation by (set, system)."""
 
-    A way is compared with the other's same way, else with the same strategy without votes, else with the
-    other's first way. Raises ConfigError where they share no question; where they do, but all rows failed on
-    one side, there is nothing to say.
+
+def compare(ours: Tables, theirs: Tables, label: str) -> list[dict[str, Any]]:
+    """Differences for every set and system that both hold, and a macro average for each system.
+
+    A system is compared with the other evaluation's same system, else with the same strategy without votes,
+    else with the other's first system. `label` names the other evaluation. Raises ConfigError where they
+    share no question; where they do, but all rows failed on one side, there is nothing to say.
     """
-    known = list(dict.fromkeys(way for _, way in theirs))
+    known = list(dict.fromkeys(system for _, system in theirs))
     rows: list[dict[str, Any]] = []
     met = False
-    for way in dict.fromkeys(way for _, way in ours):
-        other = next((w for w in (way, way.partition(" ×")[0]) if w in known), known[0] if known else "")
-        shared = [name for name, w in ours if w == way and (name, other) in theirs]
-        pairs = [(ours[name, way], theirs[name, other]) for name in shared]
+    for system in dict.fromkeys(system for _, system in ours):
+        same = (system, system.partition(" ×")[0])
+        other = next((name for name in same if name in known), known[0] if known else "")
+        shared = [name for name, own in ours if own == system and (name, other) in theirs]
+        pairs = [(ours[name, system], theirs[name, other]) for name in shared]
+        names = {"system": system, "against": label, "other": other}
         found = []
         for name, pair in zip(shared, pairs, strict=True):
             _refuse_other_questions(label, name, *pair)
             met = met or not pair[0].keys().isdisjoint(pair[1])
             values = {score: difference(*pair, score) for score in SCORES}
             if values["em"] is not None:
-                found.append({"set": name, "way": way, "against": label, "other": other, **values})
+                found.append({"set": name, **names, **values})
         if len(found) > 1:
             values = {score: macro_difference(pairs, score) for score in SCORES}
-            found.append({"set": "macro", "way": way, "against": label, "other": other, **values})
+            found.append({"set": "macro", **names, **values})
         rows += found
     if not met and any(ours.values()) and any(theirs.values()):
         raise ConfigError(f"{label}: shares no question with this evaluation, so nothing can be compared")
@@ -92,11 +96,11 @@ def _refuse_other_questions(label: str, name: str, ours: Records, theirs: Record
 
 
 def load_evaluation(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], Records]]:
-    """`eval.json` of a folder and its rows by (set, way). Raises ConfigError where there is none."""
+    """`eval.json` of a folder and its rows by (set, system). Raises ConfigError where there is none."""
     file = folder / "eval.json"
     try:
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        rows = {(c["set"], c["way"]): read_records(folder / c["folder"]) for c in result["cells"]}
+        result: dict[str, Any] = _renamed(json.loads(file.read_text(encoding="utf-8")))
+        rows = {(c["set"], c["system"]): read_records(folder / c["folder"]) for c in result["cells"]}
         for (name, _), table in rows.items():
             asked = result["sets"][name].get("asked")  # of a sample: another one may have left rows here too
             for group in [] if asked is None else table.keys() - set(asked):
@@ -106,3 +110,11 @@ def load_evaluation(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str],
         raise ConfigError(f"{folder}: no evaluation here (it has no eval.json)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: not readable as an evaluation: {error}") from None
+
+
+def _renamed(result: dict[str, Any]) -> dict[str, Any]:
+    """An `eval.json` of 0.1.0 called a system a way."""
+    for row in [*result["cells"], *result["paired"]]:
+        if "way" in row:
+            row["system"] = row.pop("way")
+    return result

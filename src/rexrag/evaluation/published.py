@@ -1,7 +1,7 @@
 """The published numbers, and whether an evaluation may stand beside them (docs/guides/evaluation.md).
 
 Exact match in percent, of REX-RAG (arXiv 2508.08149) and of Search-R1 trained with GRPO (arXiv 2503.09516, as
-quoted by the former), on Qwen2.5. Which model was evaluated is the reader's to judge; here the set-up is.
+quoted by the former), on Qwen2.5. Only the set-up is checked here, not which model was evaluated.
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = MappingProxyType(
 
 CORPUS_SIZE = 21_015_324
 """Passages of the Wikipedia 2018 dump that the field searches (DPR, arXiv 2004.04906)."""
-VOUCHED = "wiki18-e5"
-"""What a user may vouch for: the service at an address is Wikipedia 2018 with E5-base-v2, exact search."""
+ASSUMED = "wiki18-e5"
+"""What --assume-retriever may say of an address: Wikipedia 2018 with E5-base-v2, exact search."""
 BUDGET: Mapping[str, int] = MappingProxyType(
     {"search_turns": 5, "turn_tokens": 500, "evidence_tokens": 500, "total_tokens": 4096}
 )
 TOPK = 3
 
 
-def check_vouched(name: str, retriever: RetrieverConfig) -> None:
-    """Raises ConfigError for anything but nothing, and VOUCHED of what cannot be looked at from here."""
-    if name not in ("", VOUCHED):
-        raise ConfigError(f"--vouch {name}: the only known set-up is {VOUCHED}")
+def check_assumed(name: str, retriever: RetrieverConfig) -> None:
+    """Raises ConfigError for an unknown set-up, or one assumed of a retriever that can be looked at."""
+    if name not in ("", ASSUMED):
+        raise ConfigError(f"--assume-retriever {name}: the only known set-up is {ASSUMED}")
     if name and retriever.kind != "remote":
         raise ConfigError(
-            f"--vouch {name}: for a remote retriever only; a '{retriever.kind}' one is looked at"
+            f"--assume-retriever {name}: for a remote retriever only; a '{retriever.kind}' one is looked at"
         )
 
 
-def obstacles(config: Config, retriever: Retriever, vouched: str = "") -> list[str]:
-    """Why no number of this set-up is comparable, each in a few words; empty where none is in the way."""
+def setup_differences(config: Config, retriever: Retriever, assumed: str = "") -> list[str]:
+    """Why no number of this set-up is comparable with the paper's, each in a few words."""
     return [
-        *_search_obstacles(config, retriever, vouched),
-        *_budget_obstacles(config.agent, config.retriever.topk),
+        *_search_differences(config, retriever, assumed),
+        *_budget_differences(config.agent, config.retriever.topk),
     ]
 
 
-def cell_obstacles(chosen: QuestionSet, strategy: str, votes: int, temperature: float) -> list[str]:
+def cell_differences(questions: QuestionSet, strategy: str, votes: int, temperature: float) -> list[str]:
     """Why one set's number is not comparable, beyond the set-up."""
-    known = BENCHMARKS.get(chosen.name)
+    known = BENCHMARKS.get(questions.name)
     found = []
     if known is None:
         found.append("the paper does not evaluate on this set")
-    elif chosen.split not in (known.split, "test"):
-        found.append(f"split {chosen.split}, published on {known.split}")
-    elif len(chosen.questions) != known.size:
-        found.append(f"{len(chosen.questions):,} of {known.size:,} questions")
+    elif questions.split not in (known.split, "test"):
+        found.append(f"split {questions.split}, published on {known.split}")
+    elif len(questions.questions) != known.size:
+        found.append(f"{len(questions.questions):,} of {known.size:,} questions")
     if strategy != "agent" or votes > 1:
         found.append("published for the agent alone, one answer a question")
     if temperature != 0.0:
@@ -75,10 +75,10 @@ def cell_obstacles(chosen: QuestionSet, strategy: str, votes: int, temperature: 
     return found
 
 
-def _search_obstacles(config: Config, retriever: Retriever, vouched: str) -> list[str]:
+def _search_differences(config: Config, retriever: Retriever, assumed: str) -> list[str]:
     if config.retriever.kind == "remote":
-        unseen = f"what is behind {config.retriever.url} cannot be seen from here (see --vouch {VOUCHED})"
-        return [] if vouched == VOUCHED else [unseen]
+        unseen = f"what is behind {config.retriever.url} cannot be seen from here"
+        return [] if assumed == ASSUMED else [f"{unseen} (see --assume-retriever {ASSUMED})"]
     documents = len(getattr(retriever, "documents", ()))
     found = []
     if documents != CORPUS_SIZE:
@@ -97,7 +97,7 @@ def _is_exact_e5(retriever: Retriever) -> bool:
     return exact and "e5-base-v2" in str(model).lower()
 
 
-def _budget_obstacles(agent: AgentConfig, topk: int) -> list[str]:
+def _budget_differences(agent: AgentConfig, topk: int) -> list[str]:
     wrong = [
         f"{name} {getattr(agent, name)} instead of {value}"
         for name, value in BUDGET.items()

@@ -1,16 +1,19 @@
-"""A cell's rows on disk: one JSON object a question, appended in batches, picked up again after a kill."""
+"""A cell's rows on disk: one JSON object a question, appended as it is answered, read again after a kill."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rexrag.agent.reward import evidence_answers, has_answer
+from rexrag.agent.scoring import Scoring
 from rexrag.data.qa_sets import QuestionSet
 from rexrag.errors import DataError
 from rexrag.evaluation.attempt import Attempt
@@ -24,10 +27,15 @@ from rexrag.types import Question
 Records = dict[str, dict[str, Any]]
 """The newest row of each question, by group."""
 FILE = "records.jsonl"
+SYNC_SECONDS = 1.0
+"""A power cut loses the rows of this time at most; a kill loses none."""
 
 
-def record(attempt: Attempt, strategy: str) -> dict[str, Any]:
-    """One row: what was asked, said and found, its scores, and what it took. A failed row has no scores."""
+def record(attempt: Attempt, strategy: str, scoring: Scoring | None = None) -> dict[str, Any]:
+    """One row: question, answer, scores, evidence, costs. A failed row has no scores.
+
+    scoring: judges the answer; exact match where there is none. Raises PluginError.
+    """
     question = attempt.question
     judged = strategy not in CLOSED_BOOK and bool(evidence_answers(question.answers))
     row: dict[str, Any] = {
@@ -38,10 +46,10 @@ def record(attempt: Attempt, strategy: str) -> dict[str, Any]:
         "answer": attempt.answer,
     }
     if not attempt.failure:
-        found = _scored(
-            question, row | {name: getattr(attempt, name) for name in ("searches", "tokens", "invalid")}
-        )
-        row |= {"em": found.em, "f1": found.f1, "sub_em": found.sub_em}
+        found = scored(question, attempt.answer, attempt.searches, attempt.tokens, attempt.invalid)
+        judge = scoring or Scoring()
+        correct = attempt.answer is not None and judge.judged(attempt.answer, question)
+        row |= {"em": found.em, "correct": correct, "f1": found.f1, "sub_em": found.sub_em}
     row |= {
         "in_evidence": any(has_answer(d.contents, question.answers) for d in attempt.documents)
         if judged
@@ -59,13 +67,33 @@ def record(attempt: Attempt, strategy: str) -> dict[str, Any]:
     return row | ({} if attempt.votes is None else {"votes": attempt.votes})
 
 
-def append_records(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows; they are on the disk when this returns."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / FILE).open("ab") as file:
-        file.write(b"".join(json_line(row) for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
+class RecordFile:
+    """The file of a cell, open for more rows. Use it as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / FILE).open("ab")
+        self._synced = time.monotonic()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row; a kill does not lose it."""
+        self._file.write(json_line(row))
+        self._file.flush()
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self._sync()
+
+    def __enter__(self) -> RecordFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._sync()
+        finally:
+            self._file.close()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
 
 def read_records(folder: Path, mend: bool = False) -> Records:
@@ -91,19 +119,19 @@ def read_records(folder: Path, mend: bool = False) -> Records:
     return rows
 
 
-def cell_figures(chosen: QuestionSet, rows: Records, audit: Audit | None) -> dict[str, Any]:
+def cell_figures(questions: QuestionSet, rows: Records, audit: Audit | None) -> dict[str, Any]:
     """Figures of one cell over the rows that did not fail. Fractions; intervals are 95 % bootstrap ones.
 
     `se` is the standard error of EM as an estimate for the whole set (0 where all of it was asked).
     """
-    asked = [(q, rows[q.group]) for q in chosen.questions if q.group in rows]
+    asked = [(q, rows[q.group]) for q in questions.questions if q.group in rows]
     answered = [(q, row) for q, row in asked if not row["failure"]]
     table = [_scored(question, row) for question, row in answered]
     found = figures(table)
     del found["em_by_question"]
     strata = [
-        ([s.em for s in table if chosen.stratum(s.question) == name], size)
-        for name, size in chosen.strata.items()
+        ([s.em for s in table if questions.stratum(s.question) == name], size)
+        for name, size in questions.strata.items()
     ]
     seconds = [row["seconds"] for _, row in answered]
     recall = [float(row["in_evidence"]) for _, row in answered if row["in_evidence"] is not None]
@@ -121,4 +149,5 @@ def cell_figures(chosen: QuestionSet, rows: Records, audit: Audit | None) -> dic
 
 
 def _scored(question: Question, row: Mapping[str, Any]) -> Scored:
-    return scored(question, row["answer"], row["searches"], row["tokens"], row["invalid"])
+    found = scored(question, row["answer"], row["searches"], row["tokens"], row["invalid"])
+    return replace(found, correct=row.get("correct", found.correct))  # rows of 0.1.0 know EM alone

@@ -7,9 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rexrag.agent.protocols.tags import actions, count_notices, extract_answer, stray_action_tags, well_formed
+from rexrag.agent.protocols.tags import (
+    actions,
+    count_notices,
+    extract_answer,
+    opens_thought,
+    stray_action_tags,
+    well_formed,
+)
 from rexrag.agent.reward import score_answer
-from rexrag.io import FieldError, brief, check_text, parse_rows, read_jsonl, text_field
+from rexrag.data.question_files import read_rows
+from rexrag.data.question_rows import row_answers, row_question
+from rexrag.io import FieldError, brief, check_text, parse_rows
 
 TOLERANCE = 1e-6
 """A recorded score that differs by more than this is a disagreement."""
@@ -58,19 +67,19 @@ class TraceTotals:
 
 
 def score_traces(path: str | Path) -> tuple[list[TraceScore], TraceTotals]:
-    """Score every row of a jsonl file. A file without rows has totals of 0.
+    """Score every row of a file (`data.question_files`). A file without rows has totals of 0.
 
-    Fields: `question` text, `answers` list of texts (or one text), `response` text; optional recorded `em`,
-    `f1` (numbers) and `prediction` (text or null), which are compared, never trusted.
+    Fields: question and answers as in `data.question_rows`, `response` text; optional recorded `em`, `f1`
+    (numbers) and `prediction` (text or null), which are compared, never trusted; optional `prompt` text.
     Raises DataError naming file, row and field.
     """
-    scores = [score for _, score in parse_rows(path, read_jsonl(path), score_row)]
+    scores = [score for _, score in parse_rows(path, read_rows(path), score_row)]
     return scores, totals(scores)
 
 
 def score_row(number: int, row: Mapping[str, Any]) -> TraceScore:
     """Score one recorded row. Raises FieldError."""
-    question, golds, response = text_field(row, "question"), _answers(row), _response(row)
+    question, golds, response = row_question(row), row_answers(row), _response(row)
     prediction = extract_answer(response)
     said = prediction if prediction is not None else ""
     scored = score_answer(prediction, golds)
@@ -91,7 +100,7 @@ def score_row(number: int, row: Mapping[str, Any]) -> TraceScore:
         answers=kinds.count("answer"),
         malformed=stray_action_tags(response),
         notices=count_notices(response),
-        well_formed=well_formed(response),
+        well_formed=well_formed(response, _thought_opened(row)),
         disagrees=tuple(disagrees),
     )
 
@@ -117,12 +126,14 @@ def totals(scores: Iterable[TraceScore]) -> TraceTotals:
     )
 
 
-def _answers(row: Mapping[str, Any]) -> list[str]:
-    value = row.get("answers")
-    golds = [value] if isinstance(value, str) else value
-    if not isinstance(golds, list) or not golds:
-        raise FieldError("answers", f"expected a list of at least one text, got {brief(value)}")
-    return [check_text(gold, "answers") for gold in golds]
+def _thought_opened(row: Mapping[str, Any]) -> bool:
+    """Did the prompt open the first thought? Where the row has no prompt, the response shows it."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        return opens_thought(prompt)
+    response = str(row["response"])
+    closing, opening = response.find("</think>"), response.find("<think>")
+    return prompt is None and closing >= 0 and not 0 <= opening < closing
 
 
 def _response(row: Mapping[str, Any]) -> str:

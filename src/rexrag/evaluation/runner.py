@@ -1,4 +1,4 @@
-"""Runs the cells that are missing, batch by batch, and writes `eval.json`.
+"""Answers what is missing of an evaluation, row by row, and writes `eval.json`.
 
     OUT/eval.json              figures of every cell, averages, paired differences, failures
     OUT/cells/<cell>/          settings.json, records.jsonl
@@ -10,60 +10,63 @@ does nothing where everything is there.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from rexrag import __version__
-from rexrag.agent.episode import Episode
 from rexrag.agent.prompts import cue_pool
-from rexrag.engine.base import Policy
-from rexrag.errors import ConfigError, DataError, RetrievalError, RunFolderError
-from rexrag.evaluation.attempt import Attempt, Bench
-from rexrag.evaluation.cells import Cell, Plan, corpus_documents
+from rexrag.agent.scoring import Scoring
+from rexrag.errors import ConfigError, DataError, RunFolderError
+from rexrag.evaluation.attempt import Attempt
+from rexrag.evaluation.cells import Cell, EvaluationPlan, corpus_documents
+from rexrag.evaluation.context import StrategyContext
 from rexrag.evaluation.corpus_audit import Audit, audit
-from rexrag.evaluation.paired_tests import compare, load_evaluation, macro
-from rexrag.evaluation.published import PUBLISHED, cell_obstacles, obstacles
-from rexrag.evaluation.records import Records, append_records, cell_figures, read_records, record
-from rexrag.evaluation.strategies import CLOSED_BOOK, STRATEGIES, Strategy, voted
+from rexrag.evaluation.paired_tests import load_evaluation
+from rexrag.evaluation.records import RecordFile, Records, read_records, record
+from rexrag.evaluation.result import paired_differences, summarise
+from rexrag.evaluation.side_by_side import answer_all
+from rexrag.evaluation.strategies import CLOSED_BOOK
 from rexrag.io import sha256_file, write_json
-from rexrag.training.components import LONGEST, check_window
+from rexrag.training.components import check_window
 from rexrag.training.run_folder import digest
 from rexrag.types import Question
 
 BATCH = 64
-"""Questions between two writes; all of them run side by side."""
-GONE = 32
-"""As many failures in a row, with no success between, and the rest is not tried: nobody is there."""
+"""Attempts run side by side."""
+MOST_FAILURES = 32
+"""As many failures in a row, with no success between, and no further batch is tried: nobody is there."""
 
 
-class Observer(Protocol):
+class EvaluationObserver(Protocol):
     """Told what happens; the command line draws a progress bar, tests pass nothing."""
 
     def started(self, total: int, cached: int) -> None: ...
 
     def auditing(self) -> None: ...
 
-    def advanced(self, cell: Cell, rows: Sequence[dict[str, Any]]) -> None: ...
+    def answered(self, cell: Cell, row: dict[str, Any]) -> None:
+        """A question is finished, and its row is in the file."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
+    """How an evaluation is run; nothing here changes a row."""
+
     batch: int = BATCH
     audit: bool = True
     fresh: bool = False
     """Ask everything again, whatever is cached."""
     against: tuple[Path, ...] = ()
-    vouch: str = ""
+    assumed_retriever: str = ""
 
 
-def run(plan: Plan, options: Options, observer: Observer | None = None) -> dict[str, Any]:
+def run(plan: EvaluationPlan, options: Options, observer: EvaluationObserver | None = None) -> dict[str, Any]:
     """Complete every cell and return what `eval.json` holds. Raises RexragError; rows are safe by then."""
     others = {str(folder): load_evaluation(folder)[1] for folder in options.against}
     for label, theirs in others.items():
@@ -77,75 +80,56 @@ def run(plan: Plan, options: Options, observer: Observer | None = None) -> dict[
     missing = [(cell, _missing(cell, rows[cell.name])) for cell in plan.cells]
     total = sum(len(questions) for _, questions in missing)
     if observer:
-        observer.started(total, sum(len(cell.chosen.questions) for cell in plan.cells) - total)
-    gone = ""
-    if total:
-        gone = _Runner(plan, options, rows, observer).run(missing)
-    result = _result(plan, options, rows, audits, gone)
+        observer.started(total, sum(len(cell.questions.questions) for cell in plan.cells) - total)
+    stopped = _answer_missing(plan, options, rows, missing, observer) if total else ""
+    result = summarise(plan, rows, audits, stopped, options.assumed_retriever)
     write_json(plan.out / "eval.json", result | {"paired": []})  # figures are safe whatever comes after
-    result["paired"] = _paired(plan, rows, others)
+    result["paired"] = paired_differences(plan, rows, others)
     write_json(plan.out / "eval.json", result)
     return result
 
 
-class _Runner:
-    """The loop over batches; knows when an endpoint is gone."""
+def _answer_missing(
+    plan: EvaluationPlan,
+    options: Options,
+    rows: dict[str, Records],
+    missing: Sequence[tuple[Cell, list[Question]]],
+    observer: EvaluationObserver | None,
+) -> str:
+    """Returns why it stopped early; empty where it did not."""
+    if plan.config.train.threads:
+        torch.set_num_threads(plan.config.train.threads)
+    policy = plan.policy.load()
+    check_window(policy, plan.config)
+    failures: list[str] = []
+    scoring = Scoring.of(plan.config.agent)
 
-    def __init__(
-        self, plan: Plan, options: Options, rows: dict[str, Records], observer: Observer | None
-    ) -> None:
-        self.plan, self.options, self.rows, self.observer = plan, options, rows, observer
-        self.in_a_row = 0
+    def keep(cell: Cell, file: RecordFile, attempt: Attempt) -> None:
+        row = record(attempt, cell.strategy, scoring)
+        file.append(row)
+        rows[cell.name].pop(row["group"], None)
+        rows[cell.name][row["group"]] = row
+        if row["failure"]:
+            failures.append(row["failure"])
+        else:
+            failures.clear()
+        if observer:
+            observer.answered(cell, row)
 
-    def run(self, missing: Sequence[tuple[Cell, list[Question]]]) -> str:
-        """Returns why it stopped early; empty where it did not."""
-        config = self.plan.config
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
-        policy = self.plan.policy.load()
-        _check_prompts(self.plan, policy)
-        for cell, questions in missing:
-            cues = cue_pool(config.agent.cues) if cell.strategy == "reflect" else ()
-            bench = Bench(
-                policy, self.plan.retriever, config, cell.temperature, cues=cues, cue_seed=self.plan.seed
-            )
-            strategy = STRATEGIES[cell.strategy]
-            strategy = strategy if cell.votes == 1 else voted(strategy, cell.votes)
-            size = max(1, self.options.batch // cell.votes)
+    for cell, questions in missing:
+        cues = cue_pool(plan.config.agent.cues) if cell.strategy == "reflect" else ()
+        context = StrategyContext(policy, plan.retriever, plan.config, cell.temperature, plan.seed, cues)
+        size = max(1, options.batch // cell.votes)
+        with RecordFile(plan.out / "cells" / cell.name) as file:
             for start in range(0, len(questions), size):
                 batch = questions[start : start + size]
-                seeded = replace(bench, seed=_seed(self.plan.seed, batch[0]))
-                self._keep(cell, _attempts(strategy, seeded, batch))
-                if self.in_a_row >= GONE:
-                    last = next(reversed(self.rows[cell.name].values()))["failure"]
-                    return f"{self.in_a_row} failures in a row, the last: {last}"
-        return ""
-
-    def _keep(self, cell: Cell, attempts: list[Attempt]) -> None:
-        found = [record(attempt, cell.strategy) for attempt in attempts]
-        append_records(self.plan.out / "cells" / cell.name, found)
-        for row in found:
-            self.in_a_row = self.in_a_row + 1 if row["failure"] else 0
-            self.rows[cell.name].pop(row["group"], None)
-            self.rows[cell.name][row["group"]] = row
-        if self.observer:
-            self.observer.advanced(cell, found)
+                answer_all(context, cell.strategy, cell.votes, batch, partial(keep, cell, file))
+                if len(failures) >= MOST_FAILURES:
+                    return f"{len(failures)} failures in a row, the last: {failures[-1]}"
+    return ""
 
 
-def _attempts(strategy: Strategy, bench: Bench, batch: Sequence[Question]) -> list[Attempt]:
-    """What a single question did wrong (a prompt beyond the window, a query that the retriever refuses) fails
-    that question alone: it is found by asking the halves of the batch apart."""
-    try:
-        return strategy(bench, batch)
-    except (DataError, RetrievalError) as error:
-        away = isinstance(error, RetrievalError) and not error.refused
-        if away or len(batch) == 1:
-            return [Attempt(question, failure=str(error)) for question in batch]
-    half = len(batch) // 2
-    return [a for part in (batch[:half], batch[half:]) for a in _attempts(strategy, bench, part)]
-
-
-def _open_cells(plan: Plan, fresh: bool) -> dict[str, Records]:
+def _open_cells(plan: EvaluationPlan, fresh: bool) -> dict[str, Records]:
     """Rows of every cell by its folder's name. Raises RunFolderError where the folder cannot be used."""
     rows = {}
     try:
@@ -162,23 +146,10 @@ def _open_cells(plan: Plan, fresh: bool) -> dict[str, Records]:
 
 def _missing(cell: Cell, rows: Records) -> list[Question]:
     """Questions without a row, or whose row failed."""
-    return [q for q in cell.chosen.questions if q.group not in rows or rows[q.group]["failure"]]
+    return [q for q in cell.questions.questions if q.group not in rows or rows[q.group]["failure"]]
 
 
-def _check_prompts(plan: Plan, policy: Policy) -> None:
-    """Do the longest questions fit the window? Raises DataError before anything is asked."""
-    check_window(policy, plan.config)
-    for chosen in plan.sets.values():
-        for question in sorted(chosen.questions, key=lambda question: len(question.text.encode()))[-LONGEST:]:
-            Episode(question, policy.codec, plan.config.agent, plan.config.retriever.topk)
-
-
-def _seed(seed: int, first: Question) -> int:
-    state = hashlib.sha256(f"{seed}/{first.group}".encode()).digest()
-    return int.from_bytes(state[:6], "big")
-
-
-def _audits(plan: Plan, observer: Observer | None) -> dict[str, Audit]:
+def _audits(plan: EvaluationPlan, observer: EvaluationObserver | None) -> dict[str, Audit]:
     """One audit a set, from the cache or in one pass over the corpus."""
     if all(cell.strategy in CLOSED_BOOK for cell in plan.cells):
         return {}
@@ -204,103 +175,3 @@ def _audits(plan: Plan, observer: Observer | None) -> dict[str, Audit]:
     sets = {name: {part: getattr(one, part) for part in Audit.__slots__} for name, one in found.items()}
     write_json(file, {"documents": count, "sets": sets})
     return found
-
-
-def _result(
-    plan: Plan, options: Options, rows: dict[str, Records], audits: dict[str, Audit], gone: str
-) -> dict[str, Any]:
-    barriers = obstacles(plan.config, plan.retriever, options.vouch)
-    cells = []
-    for cell in plan.cells:
-        judged = audits.get(cell.chosen.name) if cell.strategy not in CLOSED_BOOK else None
-        special = cell_obstacles(cell.chosen, cell.strategy, cell.votes, cell.temperature)
-        found = cell_figures(cell.chosen, rows[cell.name], judged)
-        answered, wanted = found["asked"] - found["failed"], len(cell.chosen.questions)
-        if answered < wanted:
-            special.append(f"{answered:,} of {wanted:,} questions answered so far")
-        cells.append(
-            {
-                "set": cell.chosen.name,
-                "way": cell.way,
-                "strategy": cell.strategy,
-                "votes": cell.votes,
-                "temperature": cell.temperature,
-                "folder": f"cells/{cell.name}",
-                "comparable": not barriers and not special,
-                "not_comparable_because": [*barriers, *special],
-                **found,
-            }
-        )
-    return {
-        "rexrag": __version__,
-        "policy": {"name": plan.policy.name, "digest": plan.policy.digest},
-        "retriever": {
-            "kind": plan.config.retriever.kind,
-            "digest": plan.retriever.digest,
-            "documents": len(getattr(plan.retriever, "documents", ())) or None,
-            "topk": plan.config.retriever.topk,
-            "vouched": options.vouch or None,
-        },
-        "agent": plan.config.agent.model_dump(mode="json"),
-        "seed": plan.seed,
-        "sets": {name: _set_facts(plan, name) for name in plan.sets},
-        "cells": cells,
-        "macro": {way: _macro(plan, rows, way) for way in dict.fromkeys(cell.way for cell in plan.cells)},
-        "published": {name: dict(values) for name, values in PUBLISHED.items()},
-        "not_comparable_because": barriers,
-        "failures": _failures(plan, rows, gone),
-    }
-
-
-def _set_facts(plan: Plan, name: str) -> dict[str, Any]:
-    chosen = plan.sets[name]
-    return {
-        "title": chosen.title,
-        "split": chosen.split,
-        "source": chosen.source,
-        "digest": chosen.digest,
-        "questions": len(chosen.questions),
-        "whole": chosen.whole,
-        "asked": [q.group for q in chosen.questions] if len(chosen.questions) < chosen.whole else None,
-        "strata": dict(chosen.strata) if chosen.stratified else None,
-    }
-
-
-def _asked(cell: Cell, rows: Records) -> Records:
-    """The rows of a cell's sample: a larger sample may have left more."""
-    return {q.group: rows[q.group] for q in cell.chosen.questions if q.group in rows}
-
-
-def _macro(plan: Plan, rows: dict[str, Records], way: str) -> dict[str, Any]:
-    tables = [_asked(cell, rows[cell.name]) for cell in plan.cells if cell.way == way]
-    return {score: macro(tables, score) for score in ("em", "f1", "sub_em")}
-
-
-def _paired(
-    plan: Plan, rows: dict[str, Records], others: dict[str, dict[tuple[str, str], Records]]
-) -> list[dict[str, Any]]:
-    """Differences to other evaluations, and of every way to the first one."""
-    own = {(cell.chosen.name, cell.way): _asked(cell, rows[cell.name]) for cell in plan.cells}
-    found = [row for label, theirs in others.items() for row in compare(own, theirs, label)]
-    ways = list(dict.fromkeys(cell.way for cell in plan.cells))
-    if len(ways) > 1:
-        first = {(name, way): table for (name, way), table in own.items() if way == ways[0]}
-        rest = {(name, way): table for (name, way), table in own.items() if way != ways[0]}
-        found += compare(rest, first, ways[0])
-    return found
-
-
-def _failures(plan: Plan, rows: dict[str, Records], gone: str) -> dict[str, Any]:
-    """How many rows failed or were never asked, and why: reasons by count, most frequent first."""
-    tables = [(cell, _asked(cell, rows[cell.name])) for cell in plan.cells]
-    reasons = Counter(row["failure"] for _, table in tables for row in table.values() if row["failure"])
-    total = sum(len(cell.chosen.questions) for cell, _ in tables)
-    unasked = total - sum(len(table) for _, table in tables)
-    return {
-        "rows": total,
-        "failed": sum(reasons.values()),
-        "unasked": unasked,
-        "share": (sum(reasons.values()) + unasked) / total if total else 0.0,
-        "stopped": gone,
-        "reasons": dict(reasons.most_common(20)),
-    }

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rexrag.agent.codec import HFCodec
 from rexrag.agent.dead_end_judge import DeadEndJudge, JudgeContext, blinded
-from rexrag.agent.episode import Codec, Episode
+from rexrag.agent.episode import Codec
+from rexrag.agent.lengths import describe, too_long
 from rexrag.agent.prompts import cue_pool
 from rexrag.agent.scoring import AnswerJudge, Reward, Scoring
 from rexrag.config.algorithms import Probing
@@ -17,7 +18,8 @@ from rexrag.config.schema import Config, DataConfig
 from rexrag.data.questions import draw_questions, load_questions, questions_digest
 from rexrag.data.world.generator import World
 from rexrag.engine.base import Learner, Policy
-from rexrag.errors import ConfigError
+from rexrag.errors import ConfigError, DataError
+from rexrag.io import say_once
 from rexrag.method.cues import CueTrie
 from rexrag.method.dead_ends import Judge
 from rexrag.plugins import load_plugin
@@ -29,8 +31,6 @@ from rexrag.types import Document, Question
 
 FRESH_WORLD = 1_000_003
 """Distance of a fresh world's seed from that of the world trained in."""
-LONGEST = 200
-"""How many of the longest questions are tokenised before a run starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def build(config: Config, plugins: Plugins | None = None) -> Components:
         check_service(config.retriever)
     policy, learner = load_engine(config)
     check_window(policy, config)
-    check_prompts(data, policy.codec, config)
+    data = fit_prompts(data, policy.codec, config)
     own = policy
     if learner.mirror is not None or learner.autocast:  # the numbers that the learner's ratios start from
         own = LocalPolicy(learner.model, policy.codec, autocast=learner.autocast)
@@ -145,12 +145,24 @@ def check_window(policy: Policy, config: Config) -> None:
         raise ConfigError(f"{given}: {config.policy.path} reads {window} tokens at most; set fewer")
 
 
-def check_prompts(data: Data, codec: Codec, config: Config) -> None:
-    """Do the longest questions fit the window? Raises DataError naming the one that does not."""
-    # By bytes: a token of any vocabulary is a byte at least, and an emoji can be many.
-    longest = sorted([*data.train, *data.dev], key=lambda question: len(question.text.encode()))[-LONGEST:]
-    for question in longest:
-        Episode(question, codec, config.agent, config.retriever.topk)
+def fit_prompts(data: Data, codec: Codec, config: Config) -> Data:
+    """The data without questions that are too long, where `data.skip_long` says so; said on standard error.
+
+    Raises DataError that counts and names them where it does not, or where no question is left.
+    """
+    every = [*data.train, *data.dev]
+    long = too_long(every, codec, config.agent)
+    if not long:
+        return data
+    message = describe(long, len(every), config.agent)
+    if not config.data.skip_long:
+        raise DataError(f"{message}; leave them out with data.skip_long = true, or raise agent.total_tokens")
+    out = {question.group for question in long}
+    train, dev = ([q for q in part if q.group not in out] for part in (data.train, data.dev))
+    if data.train and not train:
+        raise DataError(f"{message}; none is left to train on")
+    say_once(f"left out: {message}")
+    return Data(train, dev, data.corpus)
 
 
 def load_data(config: DataConfig) -> Data:

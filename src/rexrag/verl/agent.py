@@ -28,11 +28,11 @@ from verl.trainer.ppo.v1 import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from rexrag.agent.episode import Episode, State
 from rexrag.agent.protocols import protocol_of
 from rexrag.config.algorithms import Probing
+from rexrag.engine.turn_driver import drive
 from rexrag.method.probing import adaptive_probability, plan, update_probe_success
 from rexrag.training.step import fork_probe
 from rexrag.training.validation import numbers, scored_rollout
 from rexrag.types import Origin, Rollout, RolloutGroup
-from rexrag.verl.drive import drive
 from rexrag.verl.records import AGENT, question_of, rollout_record
 from rexrag.verl.worker_context import worker_context
 

@@ -22,7 +22,7 @@ from rexrag.io import atomic_folder, write_json, write_jsonl
 from rexrag.retrieval import check_service, make_retriever
 from rexrag.retrieval.base import Retriever
 from rexrag.retrieval.http.service import create_app, listen
-from rexrag.training.components import Data, check_prompts, load_cues, load_data
+from rexrag.training.components import Data, fit_prompts, load_cues, load_data
 from rexrag.training.loop import COUNTS, Progress, summarise, warn_of_overlap
 from rexrag.training.run_folder import digest, environment, follow_config, last_row, open_run
 from rexrag.types import Question
@@ -56,7 +56,7 @@ def launch(config: Config, folder: Path, resume: bool = False, restart: bool = F
     source = resolve(config.policy.path, adapters=False)
     check_memory(config, shape_of(source))
     codec = load_codec(source)
-    check_prompts(data, codec, config)
+    data = fit_prompts(data, codec, config)
     cues = load_cues(config, codec)
     os.environ[MODULES] = ",".join(
         dict.fromkeys([*filter(None, os.environ.get(MODULES, "").split(",")), PLUGIN])

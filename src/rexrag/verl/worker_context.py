@@ -9,12 +9,12 @@ from functools import cache
 from rexrag.agent.codec import HFCodec, load_codec
 from rexrag.config.files import parse_config
 from rexrag.config.schema import Config
+from rexrag.engine.batched_search import BatchedSearch
 from rexrag.engine.loading import resolve
 from rexrag.method.cues import CueTrie
 from rexrag.method.dead_ends import Judge
 from rexrag.retrieval import make_retriever
 from rexrag.training.components import dead_end_judge, load_cues
-from rexrag.verl.search import BatchedSearch
 
 
 @dataclass(frozen=True, slots=True)

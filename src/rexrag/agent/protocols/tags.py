@@ -36,6 +36,7 @@ _LETTER = {
     "<think>": "T", "</think>": "t", "<search>": "S", "</search>": "s", "<answer>": "A", "</answer>": "a",
 }  # fmt: skip
 _WELL_FORMED = re.compile(r"(?:(?:Tt)+SsE)*(?:Tt)+Aa")
+_THOUGHT_OPENED = re.compile(r"<think>\s*\Z")
 _INFORMATION = re.compile(r"<(/?)information>")
 # Written so that a long run of spaces is read once: documents may be hostile.
 _ANY_TAG = re.compile(r"<(\s*(?:/\s*)?(?:think|search|information|answer)\s*(?:/\s*)?)>", re.IGNORECASE)
@@ -47,8 +48,8 @@ _FOREIGN_NOTICE = re.compile(
     r".{0,120}?<answer> and </answer>\.",
     re.DOTALL,
 )
-_LONGEST_TOKEN = 64
-"""Characters a token may take on average before a passage is cut short of its budget; bounds the work."""
+LONGEST_TOKEN = 64
+"""Characters that a token holds on average, at most: a longer text is cut or refused before it is encoded."""
 
 
 def parse_action(text: str) -> Action | None:
@@ -86,13 +87,19 @@ def count_notices(response: str) -> int:
     return sum(1 for _ in _notice_spans(response))
 
 
-def well_formed(response: str) -> bool:
+def opens_thought(prompt: str) -> bool:
+    """Does the prompt end with `<think>`, as some chat templates do? Then the response closes it only."""
+    return _THOUGHT_OPENED.search(prompt) is not None
+
+
+def well_formed(response: str, opened: bool = False) -> bool:
     """Does a response keep to the instruction's form, tag by tag?
 
     Every turn closes at least one thought, then takes one action; a search is followed by evidence; the last
-    action, and only that, is an answer. Free text between the tags is not looked at.
+    action, and only that, is an answer. Free text between the tags is not looked at. `opened`: the prompt
+    opened the first thought.
     """
-    pieces, position = [], 0
+    pieces, position = ["T"] if opened else [], 0
     for start, end in [*_evidence_spans(response), (len(response), len(response))]:
         pieces += [_LETTER.get(tag[0], "?") for tag in _ANY_TAG.finditer(response, position, start)]
         pieces += ["E"] if end > start else []
@@ -141,7 +148,7 @@ def render_evidence(documents: Sequence[Document], codec: TokenCodec, max_tokens
 
 def _tagless_tokens(text: str, codec: TokenCodec, room: int) -> list[int]:
     """At most `room` tokens of a text that holds no tag, and whose tokens do not decode to one either."""
-    text = text[: room * _LONGEST_TOKEN]
+    text = text[: room * LONGEST_TOKEN]
     ids = codec.encode(text)[:room]
     if _ANY_TAG.search(codec.decode(ids)):
         # The tokenizer normalised look-alikes (full-width brackets, hidden characters) into a real tag.

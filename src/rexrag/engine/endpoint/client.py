@@ -23,10 +23,19 @@ from typing import Any
 
 import httpx
 
+from rexrag.agent.protocols.tags import LONGEST_TOKEN
 from rexrag.errors import ConfigError, EndpointError
-from rexrag.http import is_loopback
-from rexrag.io import brief
-from rexrag.retrieval.http.client import may_pass, pause, retry_after
+from rexrag.http import (
+    BadAnswer,
+    Client,
+    first_words,
+    may_pass,
+    parse_address,
+    parse_json,
+    pause,
+    retry_after,
+)
+from rexrag.io import brief, say_once
 
 TOKEN_VARIABLE = "REXRAG_POLICY_TOKEN"
 STOPS = ("</search>", "</answer>")
@@ -46,6 +55,8 @@ OPTIONS: Mapping[str, Any] = {
     "repetition_penalty": 1.0,
 }
 """What is asked for beyond the standard fields. A server that refuses them is asked again without them."""
+MOST_BYTES = 2**25
+"""Of an answer: more than its tokens with all their log-probs can take."""
 REFUSED = frozenset({401, 403, 404})
 """Statuses that no other question would change: a wrong token, address or model."""
 
@@ -65,7 +76,7 @@ class Completion:
 
 
 class CompletionClient:
-    """Use it as long as the policy lives, from any thread; `close` it at the end.
+    """Use it as long as the policy lives, from any thread; `close` it at the end. `timeout`: seconds.
 
     `url` is what OpenAI clients call the base URL (…/v1); `/completions` is added. Tried again with growing
     pauses, up to `retries` times: no connection, a time-out, status 429 and 5xx, an answer that is no
@@ -86,13 +97,8 @@ class CompletionClient:
         self._sleep = sleep
         self._jitter = random.Random()
         self._plain = False
-        token = os.environ.get(TOKEN_VARIABLE)
-        self._http = httpx.Client(
-            timeout=timeout,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            trust_env=not is_loopback(self.url.host),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        )
+        self._said = False
+        self._http = Client(self.url.host, timeout=timeout, token=os.environ.get(TOKEN_VARIABLE))
 
     def close(self) -> None:
         self._http.close()
@@ -127,51 +133,57 @@ class CompletionClient:
             asked = None
             try:
                 response = self._send(method, where, request)
+                if response.is_success:
+                    return parse(parse_json(response))
+                cause = f"status {response.status_code}: {first_words(response)}"
+                self._refuse(where, response, cause)
+                asked = retry_after(response.headers.get("Retry-After"))
             except httpx.HTTPError as error:
                 cause = f"{type(error).__name__}: {error}"
-            else:
-                status = response.status_code
-                if response.is_success:
-                    try:
-                        return parse(response.json())
-                    except (ValueError, RecursionError) as error:
-                        cause = f"no completion: {error}"
-                else:
-                    cause = f"status {status}: {' '.join(response.text[:200].split())}"
-                    if status in REFUSED:
-                        raise ConfigError(f"{where}: {cause} (a token is read from ${TOKEN_VARIABLE})")
-                    if not may_pass(response):
-                        raise EndpointError(f"{where}: {cause}")
-                    asked = retry_after(response.headers.get("Retry-After"))
+            except ConfigError:
+                raise
+            except (ValueError, RecursionError, BadAnswer) as error:
+                cause = f"no completion: {error}"
             if attempt < self.retries:
+                self._say_first(f"{where}: {cause}; trying again, {self.retries} times at most")
                 self._sleep(pause(attempt, asked, self._jitter))
         raise EndpointError(f"{where}: failed {self.retries + 1} times, the last time with {cause}")
 
+    def _refuse(self, where: str, response: httpx.Response, cause: str) -> None:
+        """Raises ConfigError or EndpointError where trying again is of no use."""
+        if response.status_code in REFUSED:
+            raise ConfigError(f"{where}: {cause} (a token is read from ${TOKEN_VARIABLE})")
+        if not may_pass(response):
+            raise EndpointError(f"{where}: {cause}")
+
+    def _say_first(self, message: str) -> None:
+        """The first failure is said at once: retries can take minutes."""
+        if not self._said:
+            self._said = True
+            say_once(message)
+
     def _send(self, method: str, where: str, request: dict[str, Any] | None) -> httpx.Response:
         if request is None:
-            return self._http.request(method, where)
+            return self._request(method, where, None)
         if not self._plain:
-            response = self._http.request(method, where, json={**request, **OPTIONS})
+            response = self._request(method, where, {**request, **OPTIONS})
             if response.status_code not in (400, 422):
                 return response
-        plain = self._http.request(method, where, json=request)
+        plain = self._request(method, where, request)
         # Only a server that takes the plain request has refused the options.
         self._plain = self._plain or plain.is_success
         return plain
 
+    def _request(self, method: str, where: str, body: object) -> httpx.Response:
+        return self._http.request(method, where, body=body, most_bytes=MOST_BYTES)
+
 
 def base_url(url: str) -> httpx.URL:
     """The address up to /v1, without a final slash. Raises ConfigError."""
-    try:
-        parsed = httpx.URL(url.rstrip("/").removesuffix("/completions"))
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"policy '{url}': {error}") from None
+    short = url.rstrip("/").removesuffix("/completions")
+    parsed = parse_address(short, "policy", TOKEN_VARIABLE, "http://127.0.0.1:8000/v1")
     if parsed.query:
         raise ConfigError(f"policy of host '{parsed.host}': an address without a query is expected")
-    if parsed.userinfo:
-        raise ConfigError(f"policy of host '{parsed.host}': a secret belongs in ${TOKEN_VARIABLE}")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ConfigError(f"policy '{url}': expected for example http://127.0.0.1:8000/v1")
     return parsed.copy_with(path="/v1") if parsed.path in ("", "/") else parsed
 
 
@@ -184,6 +196,8 @@ def parse_completion(body: object, prompt: Sequence[int], max_tokens: int) -> Co
     text, reason = choice.get("text"), choice.get("finish_reason")
     if not isinstance(text, str):
         raise ValueError(f"choices.0.text: expected a text, got {brief(text)}")
+    if len(text) > LONGEST_TOKEN * (max_tokens + len(STOPS)):
+        raise ValueError(f"a text of {len(text):,} characters for {max_tokens} tokens at most")
     text.encode("utf-8")  # JSON can spell half a surrogate pair; no tokenizer takes it
     if reason not in ("stop", "length"):
         raise ValueError(f"choices.0.finish_reason: expected 'stop' or 'length', got {brief(reason)}")

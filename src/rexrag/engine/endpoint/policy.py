@@ -1,29 +1,38 @@
 """Episodes driven through a completions endpoint: a whole turn is asked for, then fed in token by token.
 
-Every rollout has a thread of its own, `concurrency` of them at once; the server batches them. A request that
-fails after every retry ends its own rollout (`Episode.give_up`) and no other.
+`concurrency` rollouts are in flight at once; the server batches them. A request that fails after every retry
+ends its own rollout (`Episode.give_up`) and no other.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import threading
+import re
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from math import nan
+from typing import Any
 
 from torch import Tensor
 
 from rexrag.agent.codec import load_codec
-from rexrag.agent.episode import Codec, Episode, State
-from rexrag.engine.endpoint.client import STOPS, CompletionClient
+from rexrag.agent.episode import Codec, Episode
+from rexrag.agent.protocols.tags import neutralise
+from rexrag.engine.batched_search import BatchedSearch
+from rexrag.engine.endpoint.client import STOPS, Completion, CompletionClient
+from rexrag.engine.turn_driver import Search, drive
 from rexrag.errors import ConfigError, EndpointError, ModelError, RetrievalError
+from rexrag.io import brief
 from rexrag.retrieval.base import Retriever
-from rexrag.types import Document
+from rexrag.types import Origin
 
 CONCURRENCY = 16
 """Rollouts in flight; a server with a batch scheduler takes more, see `--concurrency`."""
+COMPARED = 64
+"""Of as many first answers, token ids are compared with the text beside them."""
 
 
 class EndpointPolicy:
@@ -32,6 +41,7 @@ class EndpointPolicy:
     def __init__(self, client: CompletionClient, codec: Codec, concurrency: int = CONCURRENCY) -> None:
         self.client, self.concurrency = client, concurrency
         self._codec = codec
+        self._compared = 0
 
     @property
     def codec(self) -> Codec:
@@ -48,6 +58,42 @@ class EndpointPolicy:
 
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float) -> list[Tensor]:
         raise ModelError(f"{self.client.url}: a completions endpoint samples, but cannot score rows")
+
+    def tokens(self, done: Completion, limit: int) -> tuple[list[int], bool]:
+        """The tokens of a turn, `limit` at most, and whether they are the very ones that were sampled.
+
+        An end token is last where the server ended the turn. Raises ConfigError where its ids cannot be of
+        this tokenizer.
+        """
+        codec = self.codec
+        if done.ids is None:
+            ids, exact = codec.encode(_without_end(done.text, codec))[:limit], False
+        else:
+            self._check_ids(done.ids, done.text)
+            ids, exact = list(done.ids), True
+        if done.finished:
+            text = codec.decode(ids)
+            closing = _trimmed_stop(text, done.stopped_by, done.names_stop)
+            if closing:
+                ids, exact = [*ids, *codec.encode(closing)], False
+            elif not (ids and ids[-1] in codec.eos_ids) and not any(stop in text for stop in STOPS):
+                named = done.stopped_by
+                ids.append(named if type(named) is int and named in codec.eos_ids else _end_token(codec))
+        return ids, exact
+
+    def _check_ids(self, ids: Sequence[int], text: str) -> None:
+        """A wrong tokenizer shows at once: as ids that it lacks, or as another text than the server's."""
+        known = getattr(self.codec, "vocabulary", None)
+        remedy = f"this tokenizer is not that of {self.client.model}; name it with --tokenizer FOLDER-OR-ID"
+        if known is not None and max(ids, default=0) >= known:
+            raise ConfigError(f"{self.client.url}: token id {max(ids)}, but {known:,} are known: {remedy}")
+        if self._compared < COMPARED:
+            self._compared += 1
+            ours, theirs = (_comparable(one, self.codec) for one in (self.codec.decode(ids), text))
+            if not ours.startswith(theirs) and not theirs.startswith(ours):
+                raise ConfigError(
+                    f"{self.client.url}: its token ids say {brief(ours)}, its text {brief(theirs)}: {remedy}"
+                )
 
 
 def connect(
@@ -91,77 +137,83 @@ class EndpointSession:
         self.policy = policy
         self.generated_tokens = 0
         self.prefilled_tokens = 0
-        self._lock = threading.Lock()
-        self._stopped = threading.Event()
 
     def close(self) -> None:
         pass
 
-    def run(self, episodes: Sequence[Episode], retriever: Retriever, temperature: float, seed: int) -> None:
+    def run(
+        self,
+        episodes: Sequence[Episode],
+        retriever: Retriever,
+        temperature: float,
+        seed: int | Sequence[int],
+    ) -> None:
         """See `engine.base.Session.run`. Rollouts of failed requests are given up; ConfigError stops all."""
-        search = _SharedSearch(retriever)
-        with ThreadPoolExecutor(self.policy.concurrency) as pool:
-            driven: list[Future[None]] = []
-            try:
-                for place, episode in enumerate(episodes):
-                    stream = f"{seed}/{place}/{episode.cut}"
-                    driven.append(pool.submit(self._drive, episode, search, temperature, stream))
-                for future in driven:
-                    future.result()
-            except BaseException:
-                self._stopped.set()  # rollouts that are going end with the request they wait for
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        names = [
+            f"{seed}/{place}/{episode.cut}" if isinstance(seed, int) else f"{seed[place]}/{episode.cut}"
+            for place, episode in enumerate(episodes)
+        ]
+        _run_to_end(self._run(list(zip(episodes, names, strict=True)), retriever, temperature))
 
-    def _drive(self, episode: Episode, search: _SharedSearch, temperature: float, stream: str) -> None:
+    async def _run(
+        self, episodes: Sequence[tuple[Episode, str]], retriever: Retriever, temperature: float
+    ) -> None:
+        # One request to the retriever at a time: not every retriever may be called from several threads.
+        search = BatchedSearch(retriever, connections=1).search
+        places = asyncio.Semaphore(self.policy.concurrency)
+        pool = ThreadPoolExecutor(self.policy.concurrency)
         try:
-            with self._lock:
-                self.prefilled_tokens += len(episode.prompt)
-            while episode.state is not State.DONE and not self._stopped.is_set():
-                if episode.state is State.SEARCH:
-                    episode.found(search(episode.query, episode.topk))
-                elif episode.state is State.FORCED:
-                    with self._lock:
-                        self.prefilled_tokens += len(episode.forced)
-                    episode.take_forced([nan] * len(episode.forced))
-                else:
-                    self._turn(episode, temperature, stream)
-        except (EndpointError, RetrievalError) as error:
-            episode.give_up(str(error))
+            await asyncio.gather(
+                *(self._drive(one, search, places, partial(self._turn, pool, one, temperature, name))
+                  for one, name in episodes)
+            )  # fmt: skip
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # what is on its way ends with its request
 
-    def _turn(self, episode: Episode, temperature: float, stream: str) -> None:
-        """Ask for the rest of a turn and feed it in."""
-        prefix, limit = [*episode.prompt, *episode.tokens], episode.tokens_left
-        tokens, exact = self._tokens(prefix, limit, temperature, f"{stream}/{len(episode.tokens)}")
+    async def _drive(
+        self, episode: Episode, search: Search, places: asyncio.Semaphore, turn: Callable[..., Any]
+    ) -> None:
+        async with places:
+            start = len(episode.tokens)
+            try:
+                await drive(episode, turn, search, cue_logp=nan)
+            except (EndpointError, RetrievalError) as error:
+                episode.give_up(str(error))
+            written = episode.origins[start:].count(int(Origin.POLICY))
+            self.generated_tokens += written
+            self.prefilled_tokens += len(episode.prompt) + len(episode.tokens) - start - written
+
+    async def _turn(
+        self, pool: Executor, episode: Episode, temperature: float, name: str, prefix: list[int], limit: int
+    ) -> tuple[list[int], list[float]]:
+        """Ask for the rest of a turn. Log-probs are not known."""
+        stream = hashlib.sha256(f"{name}/{len(episode.tokens)}".encode()).digest()
+        seed = int.from_bytes(stream[:4], "big") >> 1
+        ask = partial(self.policy.client.complete, prefix, limit, temperature, seed)
+        done = await asyncio.get_running_loop().run_in_executor(pool, ask)
+        ids, exact = self.policy.tokens(done, limit)
         episode.encoded_anew += not exact
-        for token in tokens:
-            episode.sampled(token, nan)
-            with self._lock:
-                self.generated_tokens += 1
-            if episode.state is not State.SAMPLE:
-                return  # the server wrote past the action
+        return ids, [nan] * len(ids)
 
-    def _tokens(
-        self, prefix: list[int], limit: int, temperature: float, stream: str
-    ) -> tuple[list[int], bool]:
-        """The tokens of a turn, `limit` at most, and whether they are the very ones that were sampled.
 
-        An end token is last where the server ended the turn.
-        """
-        codec = self.policy.codec
-        seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big") >> 1
-        done = self.policy.client.complete(prefix, limit, temperature, seed)
-        ids = list(done.ids) if done.ids is not None else codec.encode(_without_end(done.text, codec))[:limit]
-        exact = done.ids is not None
-        if done.finished:
-            text = codec.decode(ids)
-            closing = _trimmed_stop(text, done.stopped_by, done.names_stop)
-            if closing:
-                ids, exact = [*ids, *codec.encode(closing)], False
-            elif not (ids and ids[-1] in codec.eos_ids) and not any(stop in text for stop in STOPS):
-                named = done.stopped_by
-                ids.append(named if type(named) is int and named in codec.eos_ids else _end_token(codec))
-        return ids, exact
+def _run_to_end(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine from code that is none, also where an event loop is running already (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, work).result()
+
+
+def _comparable(text: str, codec: Codec) -> str:
+    """What ids and text of an answer agree on: no spaces, no tags and special tokens, no cut characters."""
+    special = getattr(getattr(codec, "tokenizer", None), "all_special_tokens", ())
+    for token in special:
+        text = text.replace(token, "")
+    words = re.sub(r"\[[^\]]*\]", "", neutralise(text).partition("\ufffd")[0])
+    return "".join(words.split())
 
 
 def _trimmed_stop(text: str, stopped_by: str | int | None, names_stop: bool) -> str:
@@ -188,34 +240,3 @@ def _without_end(text: str, codec: Codec) -> str:
 def _end_token(codec: Codec) -> int:
     own = getattr(getattr(codec, "tokenizer", None), "eos_token_id", None)
     return own if isinstance(own, int) and own in codec.eos_ids else min(codec.eos_ids)
-
-
-class _SharedSearch:
-    """Searches of many threads, asked in batches: whoever gets the lock asks for all who wait."""
-
-    def __init__(self, retriever: Retriever) -> None:
-        self._retriever = retriever
-        self._asking, self._queue = threading.Lock(), threading.Lock()
-        self._waiting: list[tuple[str, int, Future[list[Document]]]] = []
-
-    def __call__(self, query: str, topk: int) -> list[Document]:
-        mine: Future[list[Document]] = Future()
-        with self._queue:
-            self._waiting.append((query, topk, mine))
-        with self._asking:
-            with self._queue:
-                batch, self._waiting = self._waiting, []
-            if batch:
-                self._ask(batch)
-        return mine.result()
-
-    def _ask(self, batch: list[tuple[str, int, Future[list[Document]]]]) -> None:
-        try:
-            most = max(topk for _, topk, _ in batch)
-            found = self._retriever.search([query for query, _, _ in batch], most)
-            for (_, topk, future), documents in zip(batch, found, strict=True):
-                future.set_result(documents[:topk])
-        except Exception as error:
-            for _, _, future in batch:
-                if not future.done():
-                    future.set_exception(error)

@@ -102,7 +102,13 @@ class LocalSession:
         self._saved_bytes = self._under_way = 0
 
     @torch.inference_mode()
-    def run(self, episodes: Sequence[Episode], retriever: Retriever, temperature: float, seed: int) -> None:
+    def run(
+        self,
+        episodes: Sequence[Episode],
+        retriever: Retriever,
+        temperature: float,
+        seed: int | Sequence[int],
+    ) -> None:
         """See `engine.base.Session.run`.
 
         Raises DataError for a prompt without tokens; RetrievalError or ModelError (logits that are not

@@ -26,10 +26,15 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def streams(seed: int, salts: Sequence[int]) -> list[int]:
-    """A key of random numbers for each place 0 … n−1 under a seed; another `salts[i]` is another stream."""
-    mixed = _mix(np.full(len(salts), seed % 2**64, dtype=np.uint64) + _GOLDEN)
-    for part in (np.arange(len(salts)), np.array(salts)):
+def streams(seed: int | Sequence[int], salts: Sequence[int]) -> list[int]:
+    """A key of random numbers for each place 0 … n−1 under a seed; another `salts[i]` is another stream.
+
+    Several seeds, one for each key, take the part of the places.
+    """
+    seeds = [seed] * len(salts) if isinstance(seed, int) else seed
+    places = np.arange(len(salts)) if isinstance(seed, int) else np.zeros(len(salts), dtype=np.int64)
+    mixed = _mix(np.array([one % 2**64 for one in seeds], dtype=np.uint64) + _GOLDEN)
+    for part in (places, np.array(salts)):
         mixed = _mix(mixed + (part.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     keys: list[int] = mixed.tolist()
     return keys

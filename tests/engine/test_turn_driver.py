@@ -11,12 +11,12 @@ import pytest
 
 from rexrag.agent.episode import Episode
 from rexrag.config.schema import AgentConfig, RetrieverConfig
+from rexrag.engine.batched_search import BatchedSearch
+from rexrag.engine.turn_driver import drive
 from rexrag.errors import ModelError, RetrievalError
 from rexrag.retrieval.http.client import RemoteRetriever
 from rexrag.types import Question
-from rexrag.verl.drive import drive
 from rexrag.verl.launch import serving
-from rexrag.verl.search import BatchedSearch
 from tests.support.fakes import CharCodec, FakeRetriever, document
 
 PASSAGES = {name: [document(name, f"{name} is a city")] for name in ("oslo", "rome", "lima", "bern")}

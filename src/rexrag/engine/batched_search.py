@@ -1,7 +1,7 @@
 """Searches of many episodes at once become few requests.
 
 No timer: whatever queries have come while every connection was busy go out together on the next free one.
-Back-off and retries are the client's own (`retrieval/client.py`).
+Back-off and retries are the client's own (`retrieval/http/client.py`).
 """
 
 from __future__ import annotations
