@@ -456,7 +456,6 @@ def test_diagnostics_and_a_fresh_world_are_measured_beside_the_budget(tmp_path):
     assert summary["em_fresh_after"]["n"] == 10 and summary["em_after"]["n"] == 12
 
 
-
 class DestroyedLearner(CountingLearner):
     """Drops every update."""
 
@@ -514,4 +513,3 @@ def test_a_judge_of_dead_ends_that_is_named_decides_who_is_probed(tmp_path):
     train(presets.resolve("quickstart", "rex-rag-distill", overrides), tmp_path / "run")
     (step,) = rows(tmp_path / "run" / "metrics.jsonl")
     assert step["probes/drawn"] == 9.0 and step["dead_ends/rate"] < 1.0
-

@@ -41,8 +41,6 @@ class Tally:
     segments: Tensor = field(default_factory=lambda: torch.zeros(len(Segment), 3, dtype=torch.float64))
 
 
-
-
 class LocalLearner:
     """See `engine.base.Learner`. Trains those parameters of `model` that require a gradient.
 
