@@ -43,7 +43,7 @@ SWITCHES = {
 
 
 def test_names_and_the_default():
-    assert list(ALGORITHMS) == ["grpo", "dapo", "rex-rag", "rex-rag-distill"]
+    assert list(ALGORITHMS) == ["grpo", "dapo", "dr-grpo", "rex-rag", "rex-rag-distill"]
     assert all(kind().name == name for name, kind in ALGORITHMS.items())
     assert Config().algorithm == ALGORITHMS[DEFAULT_ALGORITHM]() == RexRagDistill()
     assert Config().label == "rex-rag-distill" and Config(arm="mine").label == "mine"

@@ -64,6 +64,14 @@ class Dapo(Shared):
     dynamic_sampling: Annotated[int, Field(ge=0)] = 3
 
 
+class DrGrpo(Shared):
+    """Dr. GRPO (arXiv 2503.20783): no standard deviation in advantages, no length in the loss; no probes."""
+
+    name: Literal["dr-grpo"] = "dr-grpo"
+    advantage_scale: Literal["std", "none"] = "none"
+    aggregation: Literal["token-mean", "sequence-sum"] = "sequence-sum"
+
+
 class Probing(Shared):
     """What algorithms that probe dead ends have in common (METHOD §2)."""
 
@@ -138,7 +146,7 @@ class RexRagDistill(Probing):
         return self
 
 
-Algorithm = Annotated[Grpo | Dapo | RexRag | RexRagDistill, Field(discriminator="name")]
+Algorithm = Annotated[Grpo | Dapo | DrGrpo | RexRag | RexRagDistill, Field(discriminator="name")]
 """The `[algorithm]` table."""
 ALGORITHMS: dict[str, type[Shared]] = {
     kind.model_fields["name"].default: kind for kind in get_args(get_args(Algorithm)[0])
