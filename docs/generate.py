@@ -1,10 +1,11 @@
 """Write the pages of docs/reference from the code that they describe.
 
-    python docs/generate.py            a test fails where a page is not what this writes
+python docs/generate.py            a test fails where a page is not what this writes
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import typer
 
+import rexrag
 from rexrag.cli import app
-from rexrag.config import presets
+from rexrag.config import presets, reference
 from rexrag.verl.mapping import TABLE, settings
 
 FOLDER = Path(__file__).resolve().parent / "reference"
@@ -31,7 +33,9 @@ def cli() -> str:
 
 def helps(command: Any, name: str) -> Iterator[tuple[str, str]]:
     """(full name, help text) of a command and those below it."""
-    context = command.make_context(name, ["x"] if hasattr(command, "commands") else [], resilient_parsing=True)
+    context = command.make_context(
+        name, ["x"] if hasattr(command, "commands") else [], resilient_parsing=True
+    )
     context.terminal_width = context.max_content_width = WIDTH
     yield name, command.get_help(context)
     for below, inner in sorted(getattr(command, "commands", {}).items()):
@@ -54,7 +58,50 @@ def verl() -> str:
     return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": cli, "verl.md": verl}
+def api() -> str:
+    """Every public name with its signature and docstring."""
+    parts = ["# Python API", "`import rexrag`. Names are loaded when they are first used."]
+    for name in rexrag.__all__:
+        if name.startswith("__"):
+            continue
+        thing = getattr(rexrag, name)
+        parts += [f"## {name}", f"```python\n{_signature(name, thing)}\n```", _text(thing)]
+        for member, inner in vars(thing).items() if inspect.isclass(thing) else ():
+            if member.startswith("_") or not (callable(inner) or isinstance(inner, property)):
+                continue
+            call = member if isinstance(inner, property) else _signature(member, inner)
+            parts += [f"### {name}.{member}", f"```python\n{call}\n```", _text(inner)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _signature(name: str, thing: Any) -> str:
+    if isinstance(thing, classmethod | staticmethod):
+        thing = thing.__func__
+    try:
+        return f"{name}{inspect.signature(thing)}".replace("'", "")
+    except (TypeError, ValueError):
+        return name
+
+
+def _text(thing: Any) -> str:
+    """A docstring, its examples as code. A docstring that a class got from dataclass is no text."""
+    text = inspect.getdoc(thing) or ""
+    if inspect.isclass(thing) and text.startswith(f"{thing.__name__}("):
+        return ""
+    lines, code = [], False
+    for line in text.splitlines():
+        if line.startswith(">>> ") and not code:
+            lines.append("```python")
+        elif code and not line.startswith((">>> ", "... ")):
+            lines.append("```")
+        code = line.startswith((">>> ", "... ")) or (code and line.strip() != "" and lines[-1] != "```")
+        lines.append(line.split("  # doctest")[0].rstrip())
+    return "\n".join([*lines, "```"] if code else lines)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "api.md": api, "cli.md": cli, "config.md": reference.markdown, "verl.md": verl,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -55,14 +55,14 @@ def compare(
     budget: tuple[Budget, float] = ("generated", 60_000),
     out: str | Path = "runs/compare",
     overrides: Sequence[str] = (),
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = print,
 ) -> Comparison:
     """Train every algorithm with every seed at the same budget and compare them in pairs.
 
     algorithms: names of algorithms or shipped ablations, or TOML files; the first is the control. seeds: how
     many, counted from 1, or which. budget: what the runs spend alike ("generated" tokens, "tokens" of any
     kind, "rollouts", "time" in seconds), and how much. out: a comparison that was killed goes on in it.
-    say: gets a line for each finished run. Raises ConfigError, RunFolderError.
+    say: gets a line for each finished run; it prints unless told otherwise. Raises ConfigError, RunFolderError.
 
     >>> rexrag.compare(["grpo", "rex-rag-distill"], seeds=6).report()    # doctest: +SKIP
     """

@@ -1,0 +1,95 @@
+"""Train, ask and evaluate from Python, on the tiny checkpoint."""
+
+import json
+
+import pytest
+
+import rexrag
+from rexrag.errors import ConfigError, PluginError, RunFolderError
+
+SMALL = [
+    "data.world_people=24",
+    "data.world_questions=40",
+    "data.dev_limit=8",
+    "train.questions=4",
+    "train.steps=1",
+    "train.max_generated=0",
+    "train.evals=1",
+    "algorithm.rollouts=4",
+    "train.threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    seen = []
+
+    def note(event, facts):
+        seen.append(event)
+
+    folder = tmp_path_factory.mktemp("api") / "run"
+    made = rexrag.train(
+        "quickstart", folder, overrides=SMALL, reward=lambda r: 0.5 * r.correct, callbacks=[note]
+    )
+    return made, seen
+
+
+def test_a_run_has_its_summary_rows_and_events(run):
+    made, seen = run
+    assert made.summary["steps"] == 1 and made.verdict
+    assert [row["step"] for row in made.metrics()] == [1] and len(made.evaluations()) == 2
+    assert seen == ["start", "evaluate", "step", "evaluate", "end"]
+    assert made.metrics()[0]["reward/mean"] <= 0.5, "the reward given as an argument"
+    page = made.report()
+    assert page.exists() and page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_an_agent_answers_and_is_evaluated(run, tmp_path):
+    made, _ = run
+    with made.agent() as agent:
+        answer = agent.ask("Who is married to Clara Nyberg?")
+        assert answer.tokens > 0 and "<" in answer.trace and answer.confidence is None
+        found = rexrag.evaluate(agent, strategies=["agent", "reflect"], limit=4, out=tmp_path / "eval")
+    assert found.em("agent")["n"] == 4 and {row["strategy"] for row in found.rows} == {"agent", "reflect"}
+    again = rexrag.evaluate(str(made.folder), strategies=["agent"], limit=4, out=tmp_path / "eval")
+    assert again.em() == found.em("agent"), "answers that are there are not asked again"
+
+
+def test_a_comparison_gives_paired_differences(tmp_path):
+    sizes = [s for s in SMALL if not s.startswith(("train.steps", "train.max", "train.threads"))]
+    found = rexrag.compare(
+        ["grpo", "rex-rag-distill"], seeds=[3], budget=("rollouts", 16), out=tmp_path, overrides=sizes
+    )
+    assert found.difference("rex-rag-distill")["n"] == 1 and found.report().exists()
+    with pytest.raises(ConfigError, match="expected one of rex-rag-distill"):
+        found.difference("grpo")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"reward": lambda: 1.0}, "takes .*, expected 1 positional"),
+        ({"judge": 3}, "is a int, expected a function"),
+        ({"retriever": object()}, "it has no 'search'"),
+        ({"protocol": object()}, "it has no 'notice'"),
+        ({"rewards": len}, "rewards: expected reward, judge"),
+        ({"dead_end_judge": lambda rollouts, context: []}, "algorithm 'grpo' has no probes"),
+    ],
+)
+def test_a_plug_in_that_cannot_be_used_is_one_line(given, says):
+    with pytest.raises((ConfigError, PluginError), match=says) as caught:
+        rexrag.Trainer("quickstart", algorithm="grpo", **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(RunFolderError, match=r"summary\.json: not readable"):
+        _ = rexrag.Run(tmp_path).summary
+
+
+def test_a_config_can_be_made_in_python(tmp_path):
+    config = rexrag.load_config("quickstart", algorithm="grpo", overrides=SMALL)
+    assert config.algorithm.name == "grpo" and rexrag.Trainer(config).config == config
+    with pytest.raises(ConfigError, match="not both"):
+        rexrag.Trainer(config, algorithm="grpo")
+    assert json.loads(config.model_dump_json())["train"]["steps"] == 1
