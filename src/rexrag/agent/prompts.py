@@ -37,8 +37,9 @@ TEMPLATES: Mapping[str, str] = MappingProxyType(
             "action. The first step is a thought between <think> and </think> about what has to be found "
             "out, and right after it a search: <search> words to look up </search>. Its best results are "
             "then shown to you between <information> and </information>. The next step is a thought about "
-            "these results, and right after it one more search, or the end: the answer alone, in a few "
-            "words, between <answer> and </answer>. No step stops after </think>. Question: {question}\n"
+            "these results, and right after it one more search, or the end: between <answer> and </answer> "
+            "nothing but the name, the date or the number that was asked for, never a sentence. No step "
+            "stops after </think>. Question: {question}\n"
         ),
         # For a model that was taught the protocol by demonstration.
         "terse": "Question: {question}",
