@@ -104,7 +104,7 @@ def test_progress_is_said_where_there_is_no_terminal(monkeypatch, capsys) -> Non
     amount = RejectionSampling(rollouts=64)
     draw_demonstrations(policy, [question("a"), question("b")], FakeRetriever(), AGENT, 1, amount, 0)
     assert (
-        "rollouts: 1/2 questions, 64 of 64 rollouts right, 0 unanswered, eta 0 s" in capsys.readouterr().err
+        "rollouts: 1/2 questions, 64/64 right, 0 unanswered, eta 0 s" in capsys.readouterr().err
     )
 
 

@@ -147,7 +147,7 @@ class _Tell:
 
     def __call__(self, drawn: Drawn) -> None:
         done = drawn.questions
-        note = f"{drawn.right} of {drawn.rollouts} rollouts right, {drawn.unanswered} unanswered"
+        note = f"{drawn.right}/{drawn.rollouts} right, {drawn.unanswered} unanswered"
         self.live.update(self.task, completed=done, note=note)
         now = time.monotonic()
         if not self.live.console.is_terminal and now - self.said > QUIET_SECONDS:
@@ -158,6 +158,8 @@ class _Tell:
 
 @contextmanager
 def _progress(total: int) -> Iterator[_Tell]:
-    columns = (TextColumn("rollouts"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    # Narrow enough that the time left is not cut at 80 columns.
+    bar, note = BarColumn(bar_width=16), TextColumn("{task.fields[note]}")
+    columns = (TextColumn("rollouts"), bar, note, TextColumn("eta"), TimeRemainingColumn())
     with Progress(*columns, transient=True) as live:
         yield _Tell(live, total)
