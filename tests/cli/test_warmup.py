@@ -9,7 +9,7 @@ import pytest
 from tests.cli.test_cli import refused, run
 
 __all__ = ["run"]
-SETTINGS = ("policy.path=embedded-easy", "policy.device=cpu", "train.threads=1", "data.world_questions=20")
+SETTINGS = ("policy.path=tiny-easy", "policy.device=cpu", "train.threads=1", "data.world_questions=20")
 TINY = [word for setting in SETTINGS for word in ("--set", setting)]
 
 

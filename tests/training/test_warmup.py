@@ -23,7 +23,7 @@ SMALL = RejectionSampling(questions=6, rollouts=3)
 
 
 def config(*changes: str) -> Config:
-    small = ["policy.path=embedded-easy", "policy.device=cpu", "data.world_questions=20"]
+    small = ["policy.path=tiny-easy", "policy.device=cpu", "data.world_questions=20"]
     small += ["data.world_people=40", "data.dev_limit=1", "train.threads=1", "warmup.lr=0.001"]
     return presets.resolve("quickstart", "", [*small, *changes])
 
@@ -33,7 +33,7 @@ def weights(folder: str | Path) -> dict:
 
 
 def moved(folder: Path) -> bool:
-    before = weights(resolve("embedded-easy"))
+    before = weights(resolve("tiny-easy"))
     return any((before[name].float() != tensor).any() for name, tensor in weights(folder).items())
 
 
@@ -89,7 +89,7 @@ def test_the_next_round_samples_what_the_last_one_trained_in_another_precision(t
         return draw(policy, *arguments)
 
     monkeypatch.setattr(warmup, "draw_demonstrations", watched)
-    changes = ("policy.dtype=bfloat16", "policy.train_last_layers=2")
+    changes = ("policy.precision=bfloat16", "policy.train_last_layers=2")
     warm_up_on_rollouts(config(*changes), tmp_path / "m", RejectionSampling(2, 6, 3))
     changed = {name for name in seen[0] if (seen[0][name] != seen[1][name]).any()}
     assert changed and not any("embed" in name for name in changed)
@@ -111,6 +111,14 @@ def test_a_policy_that_is_never_right_has_nothing_to_train_on(tmp_path) -> None:
 def test_the_rule_says_what_it_was_made_for_where_it_finds_nothing(tmp_path) -> None:
     with pytest.raises(DataError, match=r"made for questions of 2WikiMultihopQA, finds no .*--from-rollouts"):
         warm_up(config(), tmp_path / "m")
+
+
+def test_demonstrations_in_tags_are_refused_for_another_protocol(tmp_path) -> None:
+    other = config("agent.protocol=my_package.protocols:Bracketed")
+    with pytest.raises(
+        ConfigError, match=r"agent\.protocol = 'my_package.protocols:Bracketed': demonstrations"
+    ):
+        warm_up_on_file(other, tmp_path / "m", tmp_path / "own.jsonl")
 
 
 @pytest.mark.parametrize("way", [warm_up, warm_up_on_file, warm_up_on_rollouts])

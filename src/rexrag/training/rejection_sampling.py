@@ -107,14 +107,14 @@ def _count(drawn: Drawn, rollouts: Sequence[Rollout], amount: RejectionSampling)
         drawn.rows += [(group[0].question, demonstration) for demonstration in chosen]
         drawn.questions += 1
     drawn.rollouts += len(rollouts)
-    drawn.right += sum(rollout.em == 1.0 for rollout in rollouts)
+    drawn.right += sum(rollout.correct for rollout in rollouts)
     drawn.unanswered += sum(rollout.answer is None for rollout in rollouts)
     drawn.first_turn_valid += sum(rollout.turns[0].action is not None for rollout in rollouts)
 
 
 def choose(rollouts: Iterable[Rollout], most: int) -> list[Demonstration]:
     """The right rollouts of one question as demonstrations: no two alike, `most` of them, the first drawn."""
-    right = (without_notices(rollout) for rollout in rollouts if rollout.em == 1.0)
+    right = (without_notices(rollout) for rollout in rollouts if rollout.correct)
     different = {demonstration.tokens: demonstration for demonstration in right}
     return list(different.values())[:most]
 

@@ -148,7 +148,15 @@ def _prepare(config: Config, out: Path) -> None:
 
 
 def _trainable(config: Config) -> tuple[Any, HFCodec]:
-    """The model in float32, with the configured weights trainable, and its tokenizer."""
+    """The model in float32, with the configured weights trainable, and its tokenizer.
+
+    Raises ConfigError where demonstrations, which are written in tags, would be another protocol's.
+    """
+    if config.agent.protocol != "tags":
+        raise ConfigError(
+            f"agent.protocol = '{config.agent.protocol}': demonstrations are written in tags; "
+            "only --from-rollouts takes another protocol"
+        )
     model, folder = load_model(config.policy, dtype=torch.float32)
     codec = codec_of(model, folder)
     choose_trained(model, config.policy, config.seed)
