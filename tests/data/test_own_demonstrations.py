@@ -38,6 +38,18 @@ def rollout_of(turns, agent=AGENT, codec=None):
     return episode.rollout()
 
 
+class MergingCodec(CharCodec):
+    """One token for ">" and a line end, as byte-pair vocabularies have."""
+
+    MERGED = 0xE000
+
+    def encode(self, text):
+        return super().encode(text.replace(">\n", chr(self.MERGED)))
+
+    def decode(self, ids):
+        return super().decode(ids).replace(chr(self.MERGED), ">\n")
+
+
 def call(query, name="search", **more):
     return {"type": "function", "function": {"name": name, "arguments": json.dumps({"query": query})}, **more}
 
@@ -119,6 +131,26 @@ def test_calls_of_one_message_are_turns_of_their_own_and_find_their_results(tmp_
         "\n\n<information>Doc 1(Title: Jean Roux) Born in Lyon.</information>\n\n"
         "<answer> Lyon </answer>"
     )
+
+
+@pytest.mark.parametrize("after", ["", "\n", "\n\n", " \n", "\n "])
+def test_a_token_that_closes_a_tag_and_ends_a_line_comes_back(tmp_path, after) -> None:
+    codec = MergingCodec()
+    rollout = rollout_of([SAID[0] + after, SAID[1] + after, SAID[2]], codec=codec)
+    row = {"question": QUESTION.text, "trace": rollout.text}
+    (demonstration,) = read(written(tmp_path, row), codec=codec).rows
+    assert demonstration.tokens == rollout.tokens
+    merged = after.startswith("\n")
+    assert demonstration.tokens.count(codec.MERGED) == 5 + 2 * merged, "three thoughts, two evidences"
+
+
+@pytest.mark.parametrize("gap", ["", " ", "\n", "\n\n", "\r\n"])
+def test_white_space_around_written_evidence_does_not_matter(tmp_path, gap) -> None:
+    shown = "<information>Doc 1(Title: A) b</information>"
+    trace = f" \n{SAID[0]}{gap}{shown}{gap}{SAID[2]}{gap}"
+    (demonstration,) = read(written(tmp_path, {"question": QUESTION.text, "trace": trace})).rows
+    text = CharCodec().decode(demonstration.tokens)
+    assert text == f"{SAID[0]}\n\n{shown}\n\n{SAID[2]}"
 
 
 def test_a_turn_that_earned_a_notice_is_left_out() -> None:

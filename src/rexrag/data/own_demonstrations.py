@@ -102,11 +102,12 @@ def play(
         if len(tokens) > agent.turn_tokens:
             limit = f"expected agent.turn_tokens = {agent.turn_tokens} at most"
             raise FieldError(field, f"turn {number} has {len(tokens)} tokens; {limit}")
-        fed = _feed(episode, tokens)
+        left = tokens[_feed(episode, tokens) :]
         if episode.stop is StopReason.LENGTH:
             raise FieldError(field, _too_long(agent))
         wanted = "answer" if step.documents is None else "search"
-        if fed < len(tokens) or [turn.action for turn in episode.turns[number - 1 :]] != [wanted]:
+        taken = [turn.action for turn in episode.turns[number - 1 :]]
+        if taken != [wanted] or codec.decode(left).strip():
             raise FieldError(field, f"turn {number}: the policy's tokenizer does not keep its {wanted} tags")
         if step.documents is not None:
             episode.found(step.documents)

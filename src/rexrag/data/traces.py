@@ -8,19 +8,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rexrag.agent.protocols.tags import actions, policy_spans
+from rexrag.agent.protocols.tags import EVIDENCE_OPEN, actions, policy_spans
 from rexrag.io import FieldError
 from rexrag.retrieval.corpus import parse_document
 from rexrag.types import Document
 
 PASSAGE_LISTS = ("result", "results", "documents", "passages")
 """Fields of a tool's JSON answer that hold its passages."""
+BLANK_LINE = EVIDENCE_OPEN.removesuffix("<information>")
+"""What an episode writes between a search and `<information>`."""
 _NUMBERED = re.compile(r"^Doc \d+\s?\(Title: ?", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the policy writes in one turn, up to its action; `documents` None: the action is the answer."""
+    """What the policy writes in one turn, up to its action; `documents` None: the action is the answer.
+
+    White space after a search is kept where a trace has it: one token can close a tag and end a line.
+    """
 
     text: str
     documents: tuple[Document, ...] | None = None
@@ -47,7 +52,8 @@ def trace_steps(trace: str) -> list[Step]:
         if not found[0].argument:
             raise FieldError("trace", f"turn {turn}: expected a query inside <search> … </search>")
         evidence = environment.removeprefix("<information>").removesuffix("</information>")
-        steps.append(Step(said[: found[0].end], documents_of(evidence)))
+        said = said.removesuffix(BLANK_LINE) if said.endswith(BLANK_LINE) else said.rstrip()
+        steps.append(Step(said, documents_of(evidence)))
     return [*steps, Step(_final(last, len(steps) + 1))]
 
 
@@ -57,7 +63,7 @@ def _turns(trace: str) -> Iterator[tuple[str, str]]:
     ends = [*(start for start, _ in spans[1:]), len(trace)]
     for (start, end), until in zip(spans, ends, strict=True):
         if end < until or end == len(trace):
-            yield trace[start:end].strip(), trace[end:until]
+            yield trace[start:end].lstrip(), trace[end:until]
 
 
 def _final(said: str, turn: int) -> str:
