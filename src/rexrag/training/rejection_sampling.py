@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rexrag.agent.episode import Episode
 from rexrag.config.schema import AgentConfig
 from rexrag.data.demonstrations import Demonstration
 from rexrag.engine.base import Policy
 from rexrag.retrieval.base import Retriever
-from rexrag.types import Origin, Question, Rollout
+from rexrag.types import Origin, Question, Rollout, StopReason
 
 BATCH = 64
 """Rollouts that are drawn side by side."""
@@ -81,22 +81,33 @@ def draw_demonstrations(
     """
     drawn = Drawn()
     size = max(1, BATCH // amount.rollouts)
-    with _progress(len(questions)) as tell:
+    with _progress(len(questions) * amount.rollouts, drawn) as finished:
         for start in range(0, len(questions), size):
             asked = questions[start : start + size]
             episodes = [
-                Episode(question, policy.codec, agent, topk)
+                _CountedEpisode(question, policy.codec, agent, topk)
                 for question in asked
                 for _ in range(amount.rollouts)
             ]
+            for episode in episodes:
+                episode.finished = finished
             session = policy.session()
             try:
                 session.run(episodes, retriever, agent.temperature, seed + start)
             finally:
                 session.close()
             _count(drawn, [episode.rollout() for episode in episodes], amount)
-            tell(drawn)
     return drawn
+
+
+class _CountedEpisode(Episode):
+    """An episode that says when it is over."""
+
+    finished: Callable[[], None]
+
+    def _finish(self, reason: StopReason) -> None:
+        super()._finish(reason)
+        self.finished()
 
 
 def _count(drawn: Drawn, rollouts: Sequence[Rollout], amount: RejectionSampling) -> None:
@@ -137,29 +148,36 @@ def without_notices(rollout: Rollout) -> Demonstration:
     return Demonstration(rollout.prompt, tuple(rollout.tokens[index] for index in kept), origins, weights)
 
 
-class _Tell:
-    """A live line on a terminal, a line on stderr now and then elsewhere."""
-
-    def __init__(self, live: Progress, total: int) -> None:
-        self.live, self.total = live, total
-        self.task = live.add_task("rollouts", total=total, note="")
-        self.start = self.said = time.monotonic()
-
-    def __call__(self, drawn: Drawn) -> None:
-        done = drawn.questions
-        note = f"{drawn.right}/{drawn.rollouts} right, {drawn.unanswered} unanswered"
-        self.live.update(self.task, completed=done, note=note)
-        now = time.monotonic()
-        if not self.live.console.is_terminal and now - self.said > QUIET_SECONDS:
-            self.said, eta = now, (now - self.start) / done * (self.total - done)
-            line = f"rollouts: {done}/{self.total} questions, {note}, eta {eta:.0f} s"
-            print(line, file=sys.stderr, flush=True)
-
-
 @contextmanager
-def _progress(total: int) -> Iterator[_Tell]:
+def _progress(total: int, drawn: Drawn) -> Iterator[Callable[[], None]]:
+    """A live line on a terminal, a line on stderr now and then elsewhere; call it for each rollout.
+
+    What is right so far is known once a batch is over.
+    """
     # Narrow enough that the time left is not cut at 80 columns.
     bar, note = BarColumn(bar_width=16), TextColumn("{task.fields[note]}")
-    columns = (TextColumn("rollouts"), bar, note, TextColumn("eta"), TimeRemainingColumn())
+    columns = (
+        TextColumn("rollouts"),
+        bar,
+        MofNCompleteColumn(),
+        note,
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    )
+    done, start = 0, time.monotonic()
+    said = start
     with Progress(*columns, transient=True) as live:
-        yield _Tell(live, total)
+        task = live.add_task("rollouts", total=total, note="")
+
+        def finished() -> None:
+            nonlocal done, said
+            done += 1
+            note = f"{drawn.right}/{drawn.rollouts} right" if drawn.rollouts else ""
+            live.update(task, completed=done, note=note)
+            now = time.monotonic()
+            if not live.console.is_terminal and now - said > QUIET_SECONDS:
+                said, eta = now, (now - start) / done * (total - done)
+                line = f"rollouts: {done}/{total}  {note}".rstrip()
+                print(f"{line}  eta {eta:.0f} s", file=sys.stderr, flush=True)
+
+        yield finished
