@@ -23,7 +23,7 @@ import torch
 from rexrag.agent.prompts import cue_pool
 from rexrag.config import presets
 from rexrag.config.schema import PolicyConfig
-from rexrag.data.demonstrations import HARD_KINDS
+from rexrag.data.world.demonstrator import HARD_KINDS
 from rexrag.data.world.generator import World
 from rexrag.engine.loading import EMBEDDED, load_policy, resolve
 from rexrag.engine.sampling.policy import LocalPolicy

@@ -167,6 +167,16 @@ def sha256_rows(rows: Iterable[object]) -> str:
     return state.hexdigest()
 
 
+def read_text(path: str | Path) -> str:
+    """A whole text file, without a byte order mark. Raises DataError where it is no text in UTF-8."""
+    with _open(path) as file:
+        data = file.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"expected a text in UTF-8: {error}", file=path) from None
+
+
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """The lines of a text file with their numbers; blank ones are skipped but counted.
 

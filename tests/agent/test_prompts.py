@@ -6,7 +6,14 @@ import re
 import pytest
 
 from rexrag.agent.codec import load_codec
-from rexrag.agent.prompts import CUE_POOLS, TEMPLATES, cue_pool, pool_digest, render_prompt
+from rexrag.agent.prompts import (
+    CUE_POOLS,
+    TEMPLATES,
+    cue_pool,
+    pool_digest,
+    render_prompt,
+    template_digest,
+)
 from rexrag.agent.protocols.tags import NOTICE, actions
 from rexrag.errors import ConfigError, DataError
 from tests.support.codecs import TAGS
@@ -26,6 +33,44 @@ def test_search_r1_explains_every_tag():
     assert all(tag in prompt for tag in TAGS)
     assert "<answer> Beijing </answer>" in prompt
     assert prompt.rstrip().endswith("Question: Who is Al?")
+
+
+def test_search_first_explains_every_tag_and_holds_no_answer_to_copy():
+    prompt = render_prompt("search-first", "Who is Al?")
+    assert all(tag in prompt for tag in TAGS)
+    assert actions(prompt)[0].kind == "search", "a thought ends with a search"
+    assert [action.argument for action in actions(prompt) if action.kind == "answer"] in ([], ["and"])
+    # A real name is a capitalised word inside a sentence; a small model copies it as its answer.
+    instruction = prompt.partition("Question:")[0]
+    assert re.findall(r"(?<![.:] )(?<!^)\b[A-Z][a-z]+", instruction) == []
+    assert prompt.rstrip().endswith("Question: Who is Al?")
+
+
+def test_a_template_of_ones_own_is_a_text_file(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("\ufeffFind {x}: {question}\nGo on.\n", encoding="utf-8")
+    assert render_prompt(str(file), "Who is {Al}") == "Find {x}: Who is {Al}?\nGo on.\n"
+    before = template_digest(str(file))
+    file.write_text("Find {question}", encoding="utf-8")
+    assert template_digest(str(file)) != before, "a checkpoint can notice that the file changed"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"Answer this.\n", r"mine.txt: no \{question\} here; expected an instruction with \{question\}"),
+        (b" \n", r"mine.txt: empty; expected an instruction with \{question\} where the question goes"),
+        (b"\xff{question}", "mine.txt: expected a text in UTF-8"),
+        (None, "mine.txt: no such file"),
+    ],
+)
+def test_a_text_file_that_is_no_template_is_one_line(tmp_path, content, message):
+    file = tmp_path / "mine.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        render_prompt(str(file), "Who?")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_unknown_names_are_answered_with_the_nearest():
@@ -100,7 +145,7 @@ def test_digest_sees_every_change_of_text_order_and_borders():
 
 def test_the_notice_spells_no_tag():
     assert "<" not in NOTICE
-    assert set(TEMPLATES) == {"search-r1", "terse", "direct"}
+    assert set(TEMPLATES) == {"search-r1", "search-first", "terse", "direct"}
 
 
 def test_default_cues_have_14_to_19_tokens():

@@ -13,7 +13,7 @@ from torch.optim import Muon
 from rexrag.agent.codec import HFCodec
 from rexrag.agent.episode import Episode
 from rexrag.config.schema import PolicyConfig
-from rexrag.data.demonstrations import HARD_KINDS
+from rexrag.data.world.demonstrator import HARD_KINDS
 from rexrag.data.world.generator import World
 from rexrag.engine.learning.muon import muon_and_adamw, set_learning_rate, split_parameters
 from rexrag.engine.loading import EMBEDDED, load_policy, resolve

@@ -11,9 +11,13 @@ from typing import TypeVar
 
 from rexrag.agent.protocols.tags import neutralise
 from rexrag.errors import ConfigError, DataError
-from rexrag.io import read_lines
+from rexrag.io import read_lines, read_text
 
 T = TypeVar("T")
+QUESTION_FIELD = "{question}"
+"""Where the question goes in an instruction template."""
+TEXT_FILE = ".txt"
+"""A template or a cue pool with this suffix is the user's own file."""
 
 TEMPLATES: Mapping[str, str] = MappingProxyType(
     {
@@ -26,6 +30,17 @@ TEMPLATES: Mapping[str, str] = MappingProxyType(
             "be looked up, state the answer between <answer> and </answer>, with no explanation around it. "
             "For example, <answer> Beijing </answer>. Question: {question}\n"
         ),
+        # For a small instruction model, which acts only when it is told when: no name that could be copied
+        # as an answer, and the first thought ends with a search.
+        "search-first": (
+            "Answer the question below with the help of a search engine. Every step is a thought and then an "
+            "action. The first step is a thought between <think> and </think> about what has to be found "
+            "out, and right after it a search: <search> words to look up </search>. Its best results are "
+            "then shown to you between <information> and </information>. The next step is a thought about "
+            "these results, and right after it one more search, or the end: between <answer> and </answer> "
+            "nothing but the name, the date or the number that was asked for, never a sentence. No step "
+            "stops after </think>. Question: {question}\n"
+        ),
         # For a model that was taught the protocol by demonstration.
         "terse": "Question: {question}",
         # The baseline without search.
@@ -35,7 +50,7 @@ TEMPLATES: Mapping[str, str] = MappingProxyType(
         ),
     }
 )
-"""Instruction templates; `{question}` is the only field."""
+"""Instruction templates; `{question}` is the only field. `agent.template` names one, or a text file."""
 
 BASELINES: Mapping[str, str] = MappingProxyType(
     {
@@ -158,11 +173,32 @@ share no sentence with the pools that probes use, so that a cue is not simply re
 
 
 def render_prompt(template: str, question: str) -> str:
-    """The user message for a question under a named template; "?" is added where the question lacks it.
+    """The user message for a question under a template; "?" is added where the question lacks it.
 
-    Raises ConfigError for an unknown template, naming the nearest known one.
+    Raises what `template_text` raises.
     """
-    return _lookup(TEMPLATES, template, "agent.template").replace("{question}", _asked(question))
+    return template_text(template).replace(QUESTION_FIELD, _asked(question))
+
+
+def template_text(template: str) -> str:
+    """The text of a named template, or of a user's own text file (`*.txt`), which holds `{question}`.
+
+    Any other brace is text. Raises ConfigError for an unknown name, naming the nearest known one; DataError
+    for a file that cannot be read, is empty, or lacks the field.
+    """
+    if not template.endswith(TEXT_FILE):
+        return _lookup(TEMPLATES, template, "agent.template", "your own template is a .txt file")
+    text = read_text(template)
+    if QUESTION_FIELD not in text:
+        problem = f"no {QUESTION_FIELD} here" if text.strip() else "empty"
+        expected = f"expected an instruction with {QUESTION_FIELD} where the question goes"
+        raise DataError(f"{problem}; {expected}", file=template)
+    return text
+
+
+def template_digest(template: str) -> str:
+    """sha256 over the text of a template: what a checkpoint stores to notice that a text file changed."""
+    return hashlib.sha256(template_text(template).encode()).hexdigest()
 
 
 def render_baseline(name: str, question: str, **fields: str) -> str:
@@ -175,7 +211,7 @@ def cue_pool(name: str) -> tuple[str, ...]:
 
     Raises ConfigError for an unknown name, naming the nearest known one; DataError for a wrong line.
     """
-    if not name.endswith(".txt"):
+    if not name.endswith(TEXT_FILE):
         return _lookup(CUE_POOLS, name, "agent.cues")
     cues = tuple(_own_cue(name, row, line) for row, line in read_lines(name))
     if not cues:
@@ -201,8 +237,9 @@ def _asked(question: str) -> str:
     return text if text.endswith("?") else text + "?"
 
 
-def _lookup(table: Mapping[str, T], name: str, key: str) -> T:
+def _lookup(table: Mapping[str, T], name: str, key: str, more: str = "") -> T:
     if name in table:
         return table[name]
     nearest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)
-    raise ConfigError(f"{key} = '{name}': not known; did you mean '{nearest[0]}'? Known: {', '.join(table)}")
+    known = f"Known: {', '.join(table)}" + (f"; {more}" if more else "")
+    raise ConfigError(f"{key} = '{name}': not known; did you mean '{nearest[0]}'? {known}")

@@ -8,7 +8,7 @@ import traceback
 import typer
 
 from rexrag import __version__
-from rexrag.cli import ask, config, data, doctor, evaluation, models, score, search, training
+from rexrag.cli import ask, config, data, doctor, evaluation, models, score, search, training, warmup
 from rexrag.errors import RexragError
 from rexrag.io import printable
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (training, evaluation, ask, score, doctor, data, search, models, config):
+for command in (training, evaluation, ask, score, doctor, data, search, warmup, models, config):
     command.register(app)
 
 

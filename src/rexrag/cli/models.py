@@ -1,4 +1,4 @@
-"""`rexrag warmup` and `rexrag model`."""
+"""`rexrag model`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Annotated
 
 import typer
 
-from rexrag.cli.training import JsonOption, SetOption
-from rexrag.config import presets
+from rexrag.cli.training import JsonOption
 
 model_app = typer.Typer(help="Import and export weights.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(warmup)
     app.add_typer(model_app, name="model")
 
 
@@ -55,23 +53,3 @@ def model_export(
     facts = export(checkpoint, out, dtype)
     text = f"{facts['parameters']:,} parameters in {facts['dtype']}, from {facts['from']}: {facts['out']}"
     print(json.dumps(facts) if as_json else text)
-
-
-def warmup(
-    config: Annotated[str, typer.Argument(help="A config: its policy learns the protocol from its data.")],
-    out: Annotated[Path, typer.Option(help="Model folder to write.")],
-    override: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Teach a pretrained model the protocol from demonstrations built out of the training questions by rule.
-
-    Example: rexrag warmup smollm2-2wiki --out models/smollm2-2wiki-warm
-    """
-    from rexrag.training.warmup import warm_up
-
-    facts = warm_up(presets.resolve(config, "", override or []), out)
-    if as_json:
-        print(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        print(f"{name:24} {value}")

@@ -1,13 +1,14 @@
-"""Demonstrations from real questions: a chain of evidence found by rule, in hindsight of the gold answer.
+"""Demonstrations by rule for questions of 2WikiMultihopQA, over a corpus of one passage an entity.
 
-Made for questions like those of 2WikiMultihopQA over one-passage-an-entity corpora:
+The rule knows how these questions are worded and what the gold answer is; for other questions it finds next
+to nothing. It looks for a chain of searches of one of two kinds:
 
-    bridge       search the entity the question names, quote the sentence that names the bridge,
-                 search the bridge, quote the sentence with the answer
+    bridge       search the entity that the question names, quote the sentence that names the next entity,
+                 search that one, quote the sentence with the answer
     comparison   search both entities (and their director, where the question asks about directors), quote a
                  date or a nationality of each, compare
 
-A chain is kept only where each passage was really retrieved and the rule arrives at the gold answer.
+A chain is kept only where a search really brings each passage and the rule arrives at the gold answer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _MEDIUM = r"(?:film|movie|song|magazine|album|book|series|work|tv series)s?"
 _AFTER = (
     r"from|born|die|study|work|earned|educated|graduate|buried|detained|died|received|won|is|was|have|has"
 )
-_NAMED = [  # ways to name one entity; `before` may hold further roles
+_NAMED = [  # wordings that name one entity; `before` may hold further roles
     re.compile(rf"^(?P<before>.*)\b(?P<role>{_ROLE}) of (?:the )?(?:{_MEDIUM} )?"
                rf"(?P<name>[^?]+?)(?: (?:{_AFTER})\b[^?]*)?\s*\?"),
     re.compile(rf"^(?P<before>.*?\b(?:is|was|did|of|does|country|for|were|if) )"
@@ -41,7 +42,7 @@ _THINGS = (
     r"(?:(?:movies?|films?|songs?|businesses|airports|schools|villages|mountains|rivers|lakes|bands),? )"
 )
 _OF_FILM = rf"(?:(?:the )?(?:both )?directors? of (?:both )?{_THINGS})"
-_PAIRS = [  # ways to name two
+_PAIRS = [  # wordings that name two entities
     re.compile(r", (?P<a>.+?) or (?P<b>[^,]+?)\s*\?+ *$"),
     re.compile(r"(?:^Was|out of) (?P<a>[^?]+?) (?:or|and) (?P<b>[^,?]+?)(?: born| died| released|\s*\?)"),
     re.compile(rf"^(?:Are|Do|Does|Is|Were|Did) (?:(?:the|both) )*{_OF_FILM}?{_THINGS}?(?P<a>[^?]+?)"
@@ -67,7 +68,7 @@ _NAME = re.compile(
     rf"{_WORD}(?:,? (?:(?:of|the|de|d|von|van|der|den|la|le|du|di|da|al|bin|ibn|and) )*{_WORD}"
     rf"|,? \d+th {_WORD})*"
 )
-_COMPARES = {  # word of the question -> (attribute, does the earlier one win)
+_COMPARES = {  # words of the question -> (attribute, is the earlier entity the answer)
     "born first": ("born", True), "born earlier": ("born", True), "older": ("born", True),
     "born later": ("born", False), "younger": ("born", False),
     "died first": ("died", True), "died earlier": ("died", True), "died later": ("died", False),
@@ -79,12 +80,12 @@ _COMPARES = {  # word of the question -> (attribute, does the earlier one win)
 
 
 QUOTE_WORDS = 24
-"""A quote is at most so long: a turn has to hold it."""
+"""Longest quote, since a turn has to hold it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One search of a chain: why, for what, and the words that are quoted from its result."""
+    """One search of a chain: the reason, the query, and the words that are quoted from its result."""
 
     why: str
     query: str
@@ -108,11 +109,11 @@ def question_demonstrations(
     doubts: Sequence[str] = (),
     seed: int = 0,
 ) -> tuple[list[Demonstration], float]:
-    """Demonstrations of those questions whose chain the rule finds, and their share of all.
+    """Demonstrations of the questions whose chain the rule finds, and the share of such questions.
 
-    A chain must fit the episode too: its searches and the length of its turns, and each quote must be visible
-    in the evidence as it is rendered, which may be cut. A share `recovery` of the chains is shown once more
-    as a recovery, with one of `doubts`.
+    A chain must fit an episode: the number of its searches, the length of its turns, and each quote must
+    stand in the evidence as it is shown, which may be cut. A share `recovery` of the chains is demonstrated
+    a second time, as a recovery with one of `doubts`.
     """
     rng = random.Random(f"recovery/{seed}")
     asked, found, drafts = 0, 0, []
@@ -152,7 +153,7 @@ def _fits(chain: Chain, retriever: Search, setting: Setting) -> bool:
 
 
 def chain_draft(question: Question, chain: Chain) -> Draft:
-    """The chain as an agent writes it: reason, search, quote, … conclude, answer."""
+    """The chain as an agent writes it: a reason, a search, a quote and the next reason, …, an answer."""
     pieces: list[Piece] = [think(f"<think> {chain.steps[0].why} </think>\n")]
     for i, step in enumerate(chain.steps):
         pieces.append(Piece(f"<search> {step.query} </search>", query=step.query))
@@ -162,16 +163,16 @@ def chain_draft(question: Question, chain: Chain) -> Draft:
 
 
 EARLY = 0.75
-"""Share of recoveries from an answer that came too early; the others doubt what was right."""
+"""Share of recoveries whose first conclusion came too early; the others doubt a right conclusion."""
 SECOND_THOUGHT = 0.1
 """Weight of the tag that opens a doubt: how likely a policy becomes to doubt by itself."""
 
 
 def recovery_draft(question: Question, chain: Chain, doubt: str, rng: random.Random) -> Draft:
-    """A conclusion, a doubt, and the right way on. What leads up to the doubt is not trained on.
+    """A conclusion, a doubt, and the rest of the chain. What comes before the doubt is not trained on.
 
-    Where the conclusion came too early, it takes the name that would have to be looked up next for the
-    answer, and the search for it follows. Where it was right, it is drawn once more.
+    A conclusion that came too early takes the name of the next entity for the answer, and the search for it
+    follows the doubt. A conclusion that was right is repeated after the doubt.
     """
     early = len(chain.steps) > 1 and rng.random() < EARLY
     known = rng.randrange(1, len(chain.steps)) if early else len(chain.steps)
@@ -186,21 +187,21 @@ def recovery_draft(question: Question, chain: Chain, doubt: str, rng: random.Ran
 
 
 def find_chain(question: Question, retriever: Search, topk: int) -> Chain | None:
-    """A chain of at most five searches that ends in a gold answer; None where the rule finds none."""
+    """A chain of searches that ends in a gold answer; None where the rule finds none."""
     look = Lookup(retriever, topk)
     return _comparison(question, look) or _bridge(question, look)
 
 
 class Lookup:
-    """Searches, with the passage that a name is the title of."""
+    """Finds the passage whose title is a name."""
 
     def __init__(self, retriever: Search, topk: int) -> None:
         self.retriever, self.topk = retriever, topk
 
     def titled(self, name: str, *hints: str) -> tuple[str, Document] | None:
-        """(query, the passage about `name` it brings): the name alone, else with one of `hints` behind it.
+        """(a query, the passage titled `name` that it brings): the name, or the name and one of `hints`.
 
-        None where no such search brings a passage of that title.
+        None where no such query brings a passage of that title.
         """
         for query in (name, *(f"{name} {hint}" for hint in hints)) if _plain(name) else ():
             found = self.retriever.search([query], self.topk)[0]
@@ -238,7 +239,10 @@ def _bridge(question: Question, look: Lookup) -> Chain | None:
 def _follow(
     steps: tuple[Step, ...], at: Document, gold: str, role: str, look: Lookup, more: int
 ) -> Chain | None:
-    """From passage `at`, not quoted yet, to one that states `gold`, in at most `more` further searches."""
+    """The chain from passage `at`, from which nothing is quoted yet, to a passage that states `gold`.
+
+    `more`: how many searches may follow. None where there is no such chain.
+    """
     *done, last = steps
     quote = next((s for s in _sentences(at) if _mentions(s, gold)), None)
     if quote is not None:
@@ -339,7 +343,7 @@ def _sentences(document: Document) -> list[str]:
 
 
 def _names(sentence: str, exclude: str) -> list[str]:
-    """Capitalised spans of a sentence and their parts between commas, longest first in each place."""
+    """Capitalised spans of a sentence; after each span, its parts between commas and between "and"."""
     names: list[str] = []
     for span in _NAME.findall(sentence):
         for name in (span, *span.split(", "), *re.split(r" and ", span)):
@@ -362,7 +366,7 @@ def _plain(name: str) -> str:
 
 
 def _bare(name: str) -> str:
-    """Without a trailing parenthesis: "Tiger Cage (film)" and "Tiger Cage" are one name."""
+    """A name without a trailing parenthesis: "Tiger Cage (film)" is the same as "Tiger Cage"."""
     return _plain(re.sub(r"\([^)]*\)\s*$", "", name))
 
 

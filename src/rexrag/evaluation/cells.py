@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rexrag.agent.prompts import BASELINES, TEMPLATES, cue_pool, pool_digest
+from rexrag.agent.prompts import BASELINES, TEMPLATES, cue_pool, pool_digest, template_text
 from rexrag.config.schema import Config
 from rexrag.data.qa_sets import QuestionSet, canonical, load_sets, sample, whole_set
 from rexrag.errors import ConfigError
@@ -147,6 +147,8 @@ def _settings(policy: PolicySource, config: Config) -> dict[str, Any]:
     # What 0.1.0 did not know is left out where it is as it was, so that its rows are found again.
     agent = {name: value for name, value in agent.items() if (name, value) not in ADDED.items()}
     texts = [*TEMPLATES.items(), *BASELINES.items()]
+    if config.agent.template not in TEMPLATES:  # a text file can change under the same name
+        texts.append((config.agent.template, template_text(config.agent.template)))
     return {
         "format": FORMAT,
         "policy": policy.digest,

@@ -11,7 +11,7 @@ from rexrag.agent.codec import HFCodec
 from rexrag.agent.dead_end_judge import DeadEndJudge, JudgeContext, blinded
 from rexrag.agent.episode import Codec
 from rexrag.agent.lengths import describe, too_long
-from rexrag.agent.prompts import cue_pool
+from rexrag.agent.prompts import TEMPLATES, cue_pool, template_digest
 from rexrag.agent.scoring import AnswerJudge, Reward, Scoring
 from rexrag.config.algorithms import Probing
 from rexrag.config.schema import Config, DataConfig
@@ -69,6 +69,8 @@ class Components:
     """Writes the tokenizer beside the learner's weights, so that a checkpoint is a model folder."""
     model: str = ""
     """Digest of the weights that the run starts from, and that a KL looks back to."""
+    template: str = ""
+    """Digest of an instruction template in a text file; empty for a named one."""
 
     @property
     def policy(self) -> Policy:
@@ -88,6 +90,7 @@ class Components:
             "retriever": self.retriever.digest,
             "cues": "none" if trie is None else trie.digest,
             **({"model": self.model} if self.model else {}),
+            **({"template": self.template} if self.template else {}),
         }
 
 
@@ -119,6 +122,7 @@ def build(config: Config, plugins: Plugins | None = None) -> Components:
         fresh=fresh_world(config.data),
         save_tokenizer=codec.tokenizer.save_pretrained,
         model=hashlib.sha256("\n".join(identity(resolve(config.policy.path))).encode()).hexdigest(),
+        template=template_digest(config.agent.template) if config.agent.template not in TEMPLATES else "",
     )
 
 

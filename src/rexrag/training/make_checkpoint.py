@@ -29,14 +29,8 @@ from rexrag.agent.codec import HFCodec, load_codec
 from rexrag.agent.prompts import cue_pool
 from rexrag.agent.protocols.tags import NOTICE
 from rexrag.config.schema import AgentConfig, Count, Model, PolicyConfig, Positive, Unit
-from rexrag.data.demonstrations import (
-    Demonstration,
-    Setting,
-    graded_habits,
-    habits,
-    world_drafts,
-    write,
-)
+from rexrag.data.demonstrations import Demonstration, Setting, write
+from rexrag.data.world.demonstrator import Demonstrator, graded_habits, habits, world_drafts
 from rexrag.data.world.generator import World
 from rexrag.data.world.tokenizer import build_tokenizer, save_tokenizer
 from rexrag.engine.export import export_model
@@ -159,6 +153,7 @@ def world_batches(settings: Recipe, setting: Setting) -> Iterator[list[Demonstra
         "graded": graded_habits(settings.other_habit, settings.habit),
     }[settings.profile]
     doubts = [cue.removeprefix("<think>").strip() for cue in cue_pool(DOUBTS)]
+    demonstrator = Demonstrator(kind_habits, doubts, settings.recovery, settings.second_thought)
     step = 0
     while True:
         easing = step < settings.ease_in * settings.steps
@@ -167,10 +162,7 @@ def world_batches(settings: Recipe, setting: Setting) -> Iterator[list[Demonstra
         for _ in range(settings.worlds):
             (longer,) = rng.choices(range(len(settings.longer_names)), settings.longer_names)
             world = World(rng.randrange(10**9), settings.people, longer)
-            drafts = world_drafts(
-                world, settings.batch // settings.worlds, kind_habits, doubts, rng,
-                settings.recovery, settings.second_thought, hops,
-            )  # fmt: skip
+            drafts = world_drafts(world, settings.batch // settings.worlds, demonstrator, rng, hops)
             batch += write(drafts, setting, BM25Retriever.build(world.documents))
         yield batch
         step += 1
