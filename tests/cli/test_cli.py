@@ -372,7 +372,7 @@ def test_tools_print_what_they_found(run, files, monkeypatch):
     )
     findings = {finding["what"]: finding for finding in json.loads(run("doctor", "--json")[1])}
     assert {"torch", "embedded", "gpu"} <= set(findings)
-    assert "hard questions: right by chance 0.000" in str(findings["embedded"])
+    assert "hard questions: right by chance 0.0 %" in str(findings["embedded"])
 
 
 def test_a_user_s_own_files_train_through_the_same_code(run, tmp_path):
