@@ -169,7 +169,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
 
-RUNNABLE = [command for command in GIVEN if isinstance(HOW.get(command), Run)]
+RUNNABLE = [command for command, how in HOW.items() if isinstance(how, Run)]
+"""In the order of the pages: some name what an earlier one has written."""
 
 
 @pytest.mark.slow
@@ -188,7 +189,6 @@ def test_a_command_runs(command, trained, request):
         text = text.replace(RETRIEVER, request.getfixturevalue("retriever"))
     finished = call(text, trained)
     assert finished.returncode == 0, f"{text}\n{finished.stdout[-2000:]}\n{finished.stderr[-2000:]}"
-    assert finished.stdout.strip() or command.startswith("cp ")
 
 
 @contextmanager
