@@ -39,6 +39,7 @@ OWN = (
     " --set agent.evidence_tokens=120" + SMALL
 )
 FEW = " --limit 4 --no-audit"
+TERSE = " --set agent.template=terse --set agent.total_tokens=512"
 HOW: dict[str, Run | str] = {
     "make quickstart": TARGET,
     "make test": TARGET,
@@ -89,7 +90,7 @@ HOW: dict[str, Run | str] = {
     "rexrag report runs/mine --out mine.html": Run(swaps=(("runs/mine", "runs/quickstart"),)),
     "rexrag train own-data --set policy.path=Qwen/Qwen2.5-0.5B-Instruct --out runs/qwen": MODEL,
     "rexrag eval --policy models/mine --data dev.jsonl --corpus corpus.jsonl": Run(
-        FEW, swaps=(("models/mine", "models/copy"),)
+        FEW + TERSE, swaps=(("models/mine", "models/copy"),)
     ),
     "rexrag model import SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2-135m": MODEL,
     "rexrag eval --policy Qwen/Qwen2.5-0.5B-Instruct --data dev.jsonl --corpus corpus.jsonl --limit 50": MODEL,
@@ -126,7 +127,9 @@ HOW: dict[str, Run | str] = {
     "rexrag eval --policy Qwen/Qwen2.5-3B --data FOLDER --index indexes/wiki --limit 500": MODEL,
     "rexrag eval --policy http://127.0.0.1:8000/v1 --data FOLDER --retriever http://127.0.0.1:8001": SERVER,
     "rexrag eval --policy runs/quickstart --out runs/eval/a": Run(FEW),
-    "rexrag eval quickstart --policy tiny-hard --out runs/eval/b --against runs/eval/a": Run(FEW),
+    "rexrag eval quickstart --policy tiny-hard --out runs/eval/b --against runs/eval/a": Run(
+        FEW + " --set data.dev_limit=8"
+    ),
     "rexrag eval --show runs/eval/b --against runs/eval/a": Run(),
     "rexrag compare --arms grpo,rex-rag-distill --seeds 10 --budget generated --amount 60000 --out runs/compare": Run(
         "--seeds 2 --amount 1500 --evals 1 --jobs 1" + SMALL
