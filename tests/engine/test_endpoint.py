@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from rexrag.agent.codec import load_codec
 from rexrag.agent.episode import Episode
+from rexrag.agent.protocols import register_protocol
+from rexrag.agent.protocols.tags import Tags
 from rexrag.config.schema import AgentConfig, PolicyConfig
 from rexrag.data.world.generator import World
 from rexrag.engine.endpoint import EndpointPolicy, connect
@@ -331,6 +333,18 @@ def test_seeds_differ_between_rollouts_and_turns_and_come_again():
 
     first = seeds()
     assert len(set(first)) == len(first) == 4 and first == seeds()
+
+
+def test_the_server_stops_where_the_protocol_says(monkeypatch):
+    class Shout(Tags):
+        stop_strings = ("</SEARCH>", "</ANSWER>")
+
+    agent = AGENT.model_copy(update={"protocol": register_protocol(Shout())})
+    monkeypatch.setitem(globals(), "AGENT", agent)
+    server = serve()
+    with running(server.app) as url:
+        roll(policy_at(url))
+    assert all(request["stop"] == ["</SEARCH>", "</ANSWER>"] for request in server.requests)
 
 
 def test_an_end_token_ends_the_turn():

@@ -39,7 +39,7 @@ from rexrag.io import brief, say_once
 
 TOKEN_VARIABLE = "REXRAG_POLICY_TOKEN"
 STOPS = ("</search>", "</answer>")
-"""An action ends the turn, so the server need not write on."""
+"""Those of the protocol `tags`: an action ends the turn, so the server need not write on."""
 OPTIONS: Mapping[str, Any] = {
     "return_token_ids": True,
     "return_tokens_as_token_ids": True,
@@ -108,15 +108,25 @@ class CompletionClient:
         body = self._ask("GET", "/models", None, _model_names)
         return list(body)
 
-    def complete(self, prompt: Sequence[int], max_tokens: int, temperature: float, seed: int) -> Completion:
-        """At most `max_tokens` more tokens. Raises EndpointError after every retry, ConfigError (REFUSED)."""
+    def complete(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        stops: Sequence[str] = STOPS,
+    ) -> Completion:
+        """At most `max_tokens` more tokens, up to the first of `stops`.
+
+        Raises EndpointError after every retry, ConfigError (REFUSED).
+        """
         request = {
             "model": self.model,
             "prompt": list(prompt),
             "max_tokens": max_tokens,
             "temperature": temperature,
             "seed": seed,
-            "stop": list(STOPS),
+            "stop": list(stops),
         }
 
         def parse(body: object) -> Completion:
@@ -196,7 +206,7 @@ def parse_completion(body: object, prompt: Sequence[int], max_tokens: int) -> Co
     text, reason = choice.get("text"), choice.get("finish_reason")
     if not isinstance(text, str):
         raise ValueError(f"choices.0.text: expected a text, got {brief(text)}")
-    if len(text) > LONGEST_TOKEN * (max_tokens + len(STOPS)):
+    if len(text) > LONGEST_TOKEN * (max_tokens + 1):
         raise ValueError(f"a text of {len(text):,} characters for {max_tokens} tokens at most")
     text.encode("utf-8")  # JSON can spell half a surrogate pair; no tokenizer takes it
     if reason not in ("stop", "length"):

@@ -59,7 +59,7 @@ class EndpointPolicy:
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float) -> list[Tensor]:
         raise ModelError(f"{self.client.url}: a completions endpoint samples, but cannot score rows")
 
-    def tokens(self, done: Completion, limit: int) -> tuple[list[int], bool]:
+    def tokens(self, done: Completion, limit: int, stops: Sequence[str] = STOPS) -> tuple[list[int], bool]:
         """The tokens of a turn, `limit` at most, and whether they are the very ones that were sampled.
 
         An end token is last where the server ended the turn. Raises ConfigError where its ids cannot be of
@@ -73,10 +73,10 @@ class EndpointPolicy:
             ids, exact = list(done.ids), True
         if done.finished:
             text = codec.decode(ids)
-            closing = _trimmed_stop(text, done.stopped_by, done.names_stop)
+            closing = _trimmed_stop(text, done.stopped_by, done.names_stop, stops)
             if closing:
                 ids, exact = [*ids, *codec.encode(closing)], False
-            elif not (ids and ids[-1] in codec.eos_ids) and not any(stop in text for stop in STOPS):
+            elif not (ids and ids[-1] in codec.eos_ids) and not any(stop in text for stop in stops):
                 named = done.stopped_by
                 ids.append(named if type(named) is int and named in codec.eos_ids else _end_token(codec))
         return ids, exact
@@ -189,9 +189,10 @@ class EndpointSession:
         """Ask for the rest of a turn. Log-probs are not known."""
         stream = hashlib.sha256(f"{name}/{len(episode.tokens)}".encode()).digest()
         seed = int.from_bytes(stream[:4], "big") >> 1
-        ask = partial(self.policy.client.complete, prefix, limit, temperature, seed)
+        stops = episode.protocol.stop_strings
+        ask = partial(self.policy.client.complete, prefix, limit, temperature, seed, stops)
         done = await asyncio.get_running_loop().run_in_executor(pool, ask)
-        ids, exact = self.policy.tokens(done, limit)
+        ids, exact = self.policy.tokens(done, limit, stops)
         episode.encoded_anew += not exact
         return ids, [nan] * len(ids)
 
@@ -216,16 +217,18 @@ def _comparable(text: str, codec: Codec) -> str:
     return "".join(words.split())
 
 
-def _trimmed_stop(text: str, stopped_by: str | int | None, names_stop: bool) -> str:
+def _trimmed_stop(
+    text: str, stopped_by: str | int | None, names_stop: bool, stops: Sequence[str] = STOPS
+) -> str:
     """The closing tag that a server stopped at and cut off; empty where there is none to add.
 
     A server that does not say what stopped it is taken to have stopped at the tag that is open.
     """
-    if names_stop and stopped_by not in STOPS:
+    if names_stop and stopped_by not in stops:
         return ""
-    opened = {stop: text.rfind(stop.replace("/", "")) for stop in STOPS}
+    opened = {stop: text.rfind(stop.replace("/", "")) for stop in stops}
     is_open = [
-        stop for stop in STOPS if (stopped_by == stop or not names_stop) and opened[stop] > text.rfind(stop)
+        stop for stop in stops if (stopped_by == stop or not names_stop) and opened[stop] > text.rfind(stop)
     ]
     return max(is_open, key=lambda stop: opened[stop], default="")
 
