@@ -124,6 +124,7 @@ def test_the_same_model_behind_an_endpoint_and_in_the_local_engine():
     assert any(episode.rollout().turns[0].action == "search" for episode in local)
 
 
+SLOW = slow(1.5)
 BAD = [
     says("<html>504</html>"),
     says([1, 2]),
@@ -138,20 +139,20 @@ BAD = [
     says('{"choices": [{"text": "\\ud800", "finish_reason": "stop"}]}'),
     status(500),
     status(503),
-    slow(0.6),
+    SLOW,
 ]
 
 
 @pytest.mark.parametrize("fault", BAD)
 def test_a_fault_is_tried_again_and_then_ends_its_own_rollout_only(fault):
-    server = serve()
+    server, timeout = serve(), 1.0 if fault is SLOW else 10.0
     server.faults = [fault, fault]
     with running(server.app) as url:
-        (episode,), _ = roll(policy_at(url, timeout=0.3))
+        (episode,), _ = roll(policy_at(url, timeout=timeout))
         assert episode.rollout().answer == "Oslo"
         server.faults = [fault] * 3
         other = Question("2", "Who?", ("x",))
-        episodes, _ = roll(policy_at(url, timeout=0.3, concurrency=1), (QUESTION, other))
+        episodes, _ = roll(policy_at(url, timeout=timeout, concurrency=1), (QUESTION, other))
     assert "failed 3 times" in episodes[0].failure and str(url) in episodes[0].failure
     with pytest.raises(RuntimeError, match="failed 3 times"):
         episodes[0].rollout()
