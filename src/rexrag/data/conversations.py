@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from rexrag.agent.protocols.tags import actions, neutralise
-from rexrag.data.questions import bare_question
+from rexrag.data.question_rows import bare_question
 from rexrag.data.traces import Step, documents_of
 from rexrag.io import FieldError, brief, check_text
 
