@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rexrag.agent.episode import Codec, Episode
+from rexrag.agent.prompts import template_text
 from rexrag.config.schema import AgentConfig
 from rexrag.errors import DataError
 from rexrag.types import Question
@@ -18,8 +19,10 @@ TOKENS_A_BYTE = 2
 def too_long(questions: Sequence[Question], codec: Codec, config: AgentConfig) -> list[Question]:
     """Those of the questions that do not fit. Only texts that could be too long are encoded.
 
-    Raises ConfigError where `config` cannot hold an episode at all.
+    Raises ConfigError where `config` cannot hold an episode at all, DataError where its template is a text
+    file that is none.
     """
+    template_text(config.template)
     shortest = min(questions, key=lambda question: len(question.text), default=None)
     if shortest is None:
         return []

@@ -31,7 +31,7 @@ from rexrag.engine.loading import choose_trained, codec_of, load_engine, load_mo
 from rexrag.errors import ConfigError, DataError
 from rexrag.io import atomic_folder, check_writable, write_json, write_jsonl
 from rexrag.retrieval import check_service, make_retriever
-from rexrag.training.components import check_window, load_data
+from rexrag.training.components import check_window, fit_prompts, load_data
 from rexrag.training.rejection_sampling import Drawn, RejectionSampling, draw_demonstrations
 from rexrag.training.sft import episode_setting, fit
 
@@ -96,6 +96,7 @@ def warm_up_on_rollouts(config: Config, out: Path, amount: RejectionSampling) ->
         check_service(config.retriever)
     policy, learner = load_engine(config)
     check_window(policy, config)
+    data = fit_prompts(data, policy.codec, config)
     codec = policy.codec
     assert isinstance(codec, HFCodec)
     rounds: list[dict[str, Any]] = []
