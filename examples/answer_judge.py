@@ -1,10 +1,8 @@
 """A judge of answers of your own: an answer is correct where it holds a gold answer as whole words.
 
 python examples/answer_judge.py
-rexrag train --set agent.answer_judge=answer_judge:holds_gold        (from this folder)
+rexrag train --set agent.answer_judge=examples.answer_judge:holds_gold
 """
-
-from sizes import SMALL
 
 import rexrag
 
@@ -16,6 +14,8 @@ def holds_gold(answer: str, question: rexrag.Question) -> bool:
 
 
 if __name__ == "__main__":
+    from sizes import SMALL
+
     run = rexrag.train("quickstart", out="runs/example-judge", overrides=SMALL, judge=holds_gold)
     first = run.evaluations()[0]
     print(f"exact match {first['em']['value']:.3f}, correct {first['correct']['value']:.3f}")

@@ -1,13 +1,11 @@
 """A callback: told of every event of a run. Here it keeps a small log of its own.
 
 python examples/callback.py
-rexrag train --set 'train.callbacks=["callback:print_reward"]'        (from this folder)
+rexrag train --set 'train.callbacks=["examples.callback:print_reward"]'
 """
 
 from collections.abc import Mapping
 from typing import Any
-
-from sizes import SMALL
 
 import rexrag
 
@@ -19,4 +17,6 @@ def print_reward(event: str, facts: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    from sizes import SMALL
+
     rexrag.train("quickstart", out="runs/example-callback", overrides=SMALL, callbacks=[print_reward])

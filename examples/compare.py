@@ -3,11 +3,11 @@
 python examples/compare.py
 """
 
-from sizes import SMALL
-
 import rexrag
 
 if __name__ == "__main__":
+    from sizes import SMALL
+
     comparison = rexrag.compare(
         ["grpo", "rex-rag-distill"],
         seeds=2,

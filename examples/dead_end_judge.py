@@ -2,13 +2,11 @@
 
     python examples/dead_end_judge.py
     rexrag train --set algorithm.dead_ends=judge \
-        --set algorithm.dead_end_judge=dead_end_judge:unsure        (from this folder)
+        --set algorithm.dead_end_judge=examples.dead_end_judge:unsure
 """
 
 import math
 from collections.abc import Sequence
-
-from sizes import SMALL
 
 import rexrag
 
@@ -25,6 +23,8 @@ def unsure(rollouts: Sequence[rexrag.BlindRollout], context: rexrag.JudgeContext
 
 
 if __name__ == "__main__":
+    from sizes import SMALL
+
     run = rexrag.train(
         "quickstart",
         out="runs/example-dead-ends",

@@ -6,8 +6,6 @@ python examples/own_data.py
 import json
 from pathlib import Path
 
-from sizes import SMALL
-
 import rexrag
 from rexrag.data.world.generator import World
 
@@ -29,6 +27,8 @@ def write_files(folder: Path) -> dict[str, Path]:
 
 
 if __name__ == "__main__":
+    from sizes import SMALL
+
     files = write_files(Path("runs/example-own-data-files"))
     data = [f"data.{name}={path}" for name, path in files.items()]
     run = rexrag.train(

@@ -1,12 +1,10 @@
 """A protocol of your own: the built-in tags, but evidence as a numbered list of titles and texts.
 
 python examples/protocol.py
-rexrag train --set agent.protocol=protocol:NumberedEvidence        (from this folder)
+rexrag train --set agent.protocol=examples.protocol:NumberedEvidence
 """
 
 from collections.abc import Sequence
-
-from sizes import SMALL
 
 import rexrag
 from rexrag.agent.protocols.base import TokenCodec
@@ -28,6 +26,8 @@ class NumberedEvidence(Tags):
 
 
 if __name__ == "__main__":
+    from sizes import SMALL
+
     run = rexrag.train(
         "quickstart", out="runs/example-protocol", overrides=SMALL, protocol=NumberedEvidence()
     )

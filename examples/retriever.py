@@ -1,12 +1,10 @@
 """A retriever of your own: passages that share most words with the query.
 
 python examples/retriever.py
-rexrag train --set retriever.kind=plugin --set retriever.plugin=retriever:from_world   (from this folder)
+rexrag train --set retriever.kind=plugin --set retriever.plugin=examples.retriever:from_world
 """
 
 from collections.abc import Sequence
-
-from sizes import SMALL
 
 import rexrag
 from rexrag.data.world.generator import World
@@ -35,5 +33,7 @@ def from_world() -> WordOverlap:
 
 
 if __name__ == "__main__":
+    from sizes import SMALL
+
     run = rexrag.train("quickstart", out="runs/example-retriever", overrides=SMALL, retriever=from_world())
     print(run.evaluations()[-1]["em"])

@@ -40,6 +40,7 @@ PROMISED = {
         "dynamic_sampling": 3,
         "aggregation": "token-mean",
     },
+    "dr-grpo": {"name": "dr-grpo", "advantage_scale": "none", "aggregation": "sequence-sum"},
     "rex-rag": PAPER | {"cue_density": "fine", "probe_probability": 0.2, "keep_ratio": 0.08},
     "rex-rag-distill": OURS | {"name": "rex-rag-distill", "suffix_weight": "unclipped"},
     "grpo-more-rollouts": {"name": "grpo", "rollouts": 6},

@@ -227,7 +227,10 @@ def test_an_override_of_the_old_cues_is_one_of_the_agent_s():
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("method.probe=false", r"which algorithm runs is --algorithm NAME now \(grpo, dapo, rex-rag,"),
+        (
+            "method.probe=false",
+            r"which algorithm runs is --algorithm NAME now \(grpo, dapo, dr-grpo",
+        ),
         ("method.realignment=paper", "--algorithm NAME"),
         ("method.keep=adaptive", "method.keep: this switch is gone, see CHANGELOG.md"),
         ("method.tail_cap=1.0", "this switch is gone"),

@@ -35,7 +35,7 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = target.partition("#")
         there = (page.parent / path).resolve() if path else page
-        assert there.exists() or coming(there), target
+        assert there.exists(), target
         if anchor and there.suffix == ".md":
             assert anchor in anchors(there), f"{target}: no such heading"
 
@@ -44,11 +44,6 @@ def anchors(page: Path) -> set[str]:
     """The ids that GitHub gives the headings of a page."""
     heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
-
-
-def coming(path: Path) -> bool:
-    """Other branches bring the examples and the generated references of settings and API."""
-    return any(part in ("examples", "reference") for part in path.relative_to(ROOT).parts)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
@@ -60,7 +55,7 @@ def test_paths_exist(page):
         if OF_THE_READER.search(path) or "/" not in path:
             continue
         found = next((p / path for p in PLACES if (p / path).exists()), None)
-        assert found is not None or coming(ROOT / path), f"{text}: there is no {path}"
+        assert found is not None, f"{text}: there is no {path}"
         if test and found is not None:
             assert f"def {test}(" in found.read_text(encoding="utf-8"), f"{text}: no such test"
 

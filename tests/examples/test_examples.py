@@ -10,14 +10,17 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "sizes.py")
 BY_NAME = {
-    "reward.py": ["agent.reward=reward:frugal"],
-    "answer_judge.py": ["agent.answer_judge=answer_judge:holds_gold"],
-    "dead_end_judge.py": ["algorithm.dead_ends=judge", "algorithm.dead_end_judge=dead_end_judge:unsure"],
-    "retriever.py": ["retriever.kind=plugin", "retriever.plugin=retriever:from_world"],
-    "protocol.py": ["agent.protocol=protocol:NumberedEvidence"],
-    "callback.py": ['train.callbacks=["callback:print_reward"]'],
-    "template.txt": ["agent.template=template.txt"],
-    "cue_pool.txt": ["agent.cues=cue_pool.txt"],
+    "reward.py": ["agent.reward=examples.reward:reward"],
+    "answer_judge.py": ["agent.answer_judge=examples.answer_judge:holds_gold"],
+    "dead_end_judge.py": [
+        "algorithm.dead_ends=judge",
+        "algorithm.dead_end_judge=examples.dead_end_judge:unsure",
+    ],
+    "retriever.py": ["retriever.kind=plugin", "retriever.plugin=examples.retriever:from_world"],
+    "protocol.py": ["agent.protocol=examples.protocol:NumberedEvidence"],
+    "callback.py": ['train.callbacks=["examples.callback:print_reward"]'],
+    "template.txt": ["agent.template=examples/template.txt"],
+    "cue_pool.txt": ["agent.cues=examples/cue_pool.txt"],
 }
 """Example -> the settings that name it in a configuration."""
 
@@ -41,8 +44,8 @@ def test_an_example_runs(script, tmp_path):
 
 
 def test_every_plug_in_example_resolves_by_its_dotted_name(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.chdir(FOLDER)
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
+    monkeypatch.chdir(FOLDER.parent)
     from rexrag.agent.prompts import cue_pool, render_prompt
     from rexrag.agent.protocols import protocol_of
     from rexrag.agent.scoring import Scoring

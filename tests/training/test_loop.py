@@ -62,6 +62,7 @@ def config(*overrides):
     base = [
         "train.questions=2",
         "train.steps=4",
+        "policy.precision=float32",
         "algorithm.name=rex-rag",
         "algorithm.rollouts=2",
         "algorithm.filter=none",
