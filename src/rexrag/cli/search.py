@@ -1,11 +1,12 @@
-"""`rexrag index build`, `retrieve`, `serve`."""
+"""`rexrag index build`, `index check`, `retrieve`, `serve`."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +14,10 @@ from rexrag.cli.training import JsonOption
 from rexrag.errors import ConfigError
 from rexrag.io import printable
 
-index_app = typer.Typer(help="Build retrieval indexes.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from rexrag.retrieval.index.estimate import Estimate
+
+index_app = typer.Typer(help="Build and check retrieval indexes.", no_args_is_help=True)
 EncoderOption = Annotated[str, typer.Option(help="A sentence-transformers folder or hub id (dense, hybrid).")]
 
 
@@ -56,7 +60,7 @@ def retrieve(
         print(f"query: {words}")
         for place, document in enumerate(documents, 1):
             text = " ".join(document.text.split())[:160]
-            print(printable(f"{place:3}  {document.score:7.3f}  {document.title}: {text}"))
+            print(printable(f"{place:3}  {document.score:7.3f}  [{document.id}] {document.title}: {text}"))
 
 
 FEWEST_FOUND = 0.9
@@ -68,7 +72,9 @@ MISSES = (
 
 @index_app.command("build")
 def index_build(
-    corpus: Annotated[Path, typer.Argument(help="corpus.jsonl: id, contents (or title, text).")],
+    corpus: Annotated[
+        Path, typer.Argument(help="corpus.jsonl, packed or not: id, contents (or title, text).")
+    ],
     out: Annotated[Path, typer.Option(help="Index folder to write.")],
     kind: Annotated[
         str, typer.Option(help="bm25; past 200,000 passages bm25-disk, bm25-fast; dense, hybrid.")
@@ -105,7 +111,7 @@ def index_build(
 
     from rexrag.cli.display import BuildProgress
     from rexrag.retrieval.index.build import BuildOptions, build_index
-    from rexrag.retrieval.index.estimate import plan
+    from rexrag.retrieval.index.estimate import estimate
     from rexrag.retrieval.index.folder import refuse_other_folder
     from rexrag.retrieval.rankers.bm25 import BM25Options
 
@@ -119,18 +125,12 @@ def index_build(
         dense={"ann": ann, "effort": effort} if kind in ("dense", "hybrid") else {},
     )
     refuse_other_folder(out)
-    needs = plan(corpus, out, options)
+    needs = estimate(corpus, out, options)
     # Progress goes to stderr, so that --json leaves stdout to the answer.
     console = Console(stderr=True, highlight=False)
     console.soft_wrap = not console.is_terminal  # a log keeps lines whole, a terminal breaks them at words
-    console.print(
-        f"{corpus}: about {needs.documents:,} passages. Will need about {_bytes(needs.disk)} of disk"
-        + (f" (and {_bytes(needs.scratch)} while it is built)" if needs.scratch else "")
-        + f", {_bytes(needs.memory)} of memory, {_duration(needs.seconds)}.",
-        markup=False,
-    )
-    for warning in needs.warnings:
-        console.print(f"warning: {warning}", markup=False)
+    for line in _needs(corpus, needs):
+        console.print(line, markup=False)
     if dry_run:
         if as_json:
             print(json.dumps(asdict(needs)))
@@ -139,16 +139,53 @@ def index_build(
     with BuildProgress(console) as progress:
         facts = build_index(corpus, out, options, progress, documents=needs.documents, restart=restart)
     facts["seconds"] = round(time.perf_counter() - start, 2)
-    recall = facts.get("recall", 1.0)
-    if recall < FEWEST_FOUND:
+    if facts.get("recall", 1.0) < FEWEST_FOUND:
         console.print(f"warning: {MISSES}", markup=False)
+    print(json.dumps({**facts, "kind": kind, "out": str(out)}) if as_json else _built(out, facts))
+
+
+def _needs(corpus: Path, needs: Estimate) -> list[str]:
+    """What a build will need, and what speaks against it, in lines."""
+    from rexrag.retrieval.index.estimate import size_text
+
+    scratch = f" (and {size_text(needs.scratch)} while it is built)" if needs.scratch else ""
+    return [
+        f"{corpus}: about {needs.documents:,} passages. Will need about {size_text(needs.disk)} of disk"
+        f"{scratch}, {size_text(needs.free_disk)} are free.",
+        *(f"warning: {warning}" for warning in needs.warnings),
+    ]
+
+
+def _built(out: Path, facts: dict[str, Any]) -> str:
+    from rexrag.retrieval.index.estimate import size_text
+
+    size = size_text(facts["bytes"])
+    done = f"{facts['documents']:,} documents indexed in {facts['seconds']} s, {size}: {out}"
+    if "recall" not in facts:
+        return done
+    return f"{done}; finds {facts['recall']:.3f} of the ten best passages (64 sampled queries)"
+
+
+@index_app.command("check")
+def index_check(
+    index: Annotated[Path, typer.Argument(help="An index folder of any kind.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Read every byte of an index and compare it with what was written. 2 where something has changed.
+
+    \b
+    Examples:
+      rexrag index check indexes/wiki
+    """
+    from rexrag.retrieval.index.estimate import size_text
+    from rexrag.retrieval.index.folder import check_index
+
+    facts = check_index(index)
     if as_json:
-        print(json.dumps({**facts, "kind": kind, "out": str(out)}))
+        print(json.dumps({**facts, "index": str(index)}))
         return
-    print(
-        f"{facts['documents']:,} documents indexed in {facts['seconds']} s, {_bytes(facts['bytes'])}: {out}"
-        + (f"; finds {recall:.3f} of the ten best passages (64 sampled queries)" if "recall" in facts else "")
-    )
+    size = size_text(facts["bytes"])
+    print(f"{index}: whole: {facts['documents']:,} passages, {facts['files']} files, {size}")
 
 
 def serve(
@@ -161,7 +198,8 @@ def serve(
     most_queries: Annotated[int, typer.Option(min=1, help="The most queries in one request.")] = 1024,
     most_waiting: Annotated[int, typer.Option(min=1, help="Queries that may wait; then 429.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Queries searched together.")] = 256,
-    cache: Annotated[int, typer.Option(min=0, help="Passages kept in the answer cache; 0 is none.")] = 50_000,
+    cache_mb: Annotated[int, typer.Option(min=0, help="Memory of the answer cache, MB; 0 is none.")] = 64,
+    cache: Annotated[int | None, typer.Option(min=0, hidden=True)] = None,
 ) -> None:
     """Serve an index over Search-R1's /retrieve protocol, with /health and /metrics.
 
@@ -176,18 +214,14 @@ def serve(
     def ready(address: str, passages: int) -> None:
         print(f"POST {address}/retrieve ({passages:,} passages; Ctrl-C stops)", flush=True)
 
-    limits = Limits(topk=most_topk, queries=most_queries, waiting=most_waiting, batch=batch, cache=cache)
+    if cache is not None:
+        print("--cache counted passages; it is now --cache-mb, in megabytes", file=sys.stderr)
+        cache_mb = cache_mb if cache else 0
+    limits = Limits(
+        topk=most_topk,
+        queries=most_queries,
+        waiting=most_waiting,
+        batch=batch,
+        cache_bytes=cache_mb * 2**20,
+    )
     run(index, host, port, default_topk=topk, limits=limits, encoder=encoder, ready=ready)
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{max(1, round(count / 1e3))} kB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

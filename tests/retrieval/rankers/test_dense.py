@@ -13,9 +13,10 @@ from rexrag.io import write_jsonl
 from rexrag.retrieval import make_retriever
 from rexrag.retrieval.corpus import read_corpus
 from rexrag.retrieval.index.build import BuildOptions, build_index
-from rexrag.retrieval.index.estimate import plan
-from rexrag.retrieval.index.folder import MANIFEST, load_index
+from rexrag.retrieval.index.estimate import estimate
+from rexrag.retrieval.index.folder import load_index
 from rexrag.retrieval.rankers.encoder import known_prefixes
+from tests.support.indexes import edit_manifest
 
 faiss = pytest.importorskip("faiss", reason="needs the extra: pip install -e '.[dense]'")
 pytest.importorskip("sentence_transformers", reason="needs the extra: pip install -e '.[dense]'")
@@ -120,7 +121,7 @@ def test_approximate_search_is_near_exact_and_opens_mapped(
     options: DenseOptions, recall: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     vectors, queries = random_vectors(3000), random_vectors(50, seed=1)
-    settled = options.settled(len(vectors), 32)
+    settled = options.resolved(len(vectors), 32)
     build_vectors(tmp_path, lambda start: map(str, range(start, 3000)), 3000, Vectors(vectors))  # type: ignore[arg-type]
     build_ann(tmp_path, settled)
     tidy(tmp_path, settled)
@@ -164,7 +165,7 @@ def test_a_killed_graph_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if done == 400:
             raise KeyboardInterrupt
 
-    options = DenseOptions("hnsw").settled(500, 32)
+    options = DenseOptions("hnsw").resolved(500, 32)
     with pytest.raises(KeyboardInterrupt):
         build_ann(tmp_path, options, stop)
     build_ann(tmp_path, options, seen.append)
@@ -218,9 +219,8 @@ def test_an_encoder_that_is_not_there(corpus: Path, minilm: str, tmp_path: Path)
     with pytest.raises(ModelError, match=r"encoder '.*absent'"):
         Encoder(str(tmp_path / "absent"))
     build_index(corpus, tmp_path / "index", BuildOptions(kind="dense", encoder=minilm))
-    manifest = json.loads((tmp_path / "index" / MANIFEST).read_text())
-    manifest["options"]["encoder"]["model"] = str(tmp_path / "gone")
-    (tmp_path / "index" / MANIFEST).write_text(json.dumps(manifest))
+    gone = str(tmp_path / "gone")
+    edit_manifest(tmp_path / "index", lambda m: m["options"]["encoder"].update(model=gone))
     with pytest.raises(ModelError, match="gone"):
         load_index(tmp_path / "index")
 
@@ -230,7 +230,7 @@ def test_too_small_for_ivf_pq_is_said_before_anything_is_built(
 ) -> None:
     options = BuildOptions(kind="dense", encoder=minilm, dense={"ann": "ivf-pq"})
     with pytest.raises(ConfigError, match="ivf-pq needs at least 256 passages, the corpus has 5"):
-        plan(corpus, tmp_path / "index", options)
+        estimate(corpus, tmp_path / "index", options)
 
 
 def test_hybrid_has_what_either_side_finds(corpus: Path, minilm: str, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_recall_on_real_passages(
     queries = encoder.queries([json.loads(row)["question"] for row in rows])
     build_vectors(tmp_path, lambda start: texts[start:], len(texts), encoder)
     vectors = np.load(tmp_path / "vectors.npy")
-    options = DenseOptions(ann).settled(len(texts), encoder.card.dimension)
+    options = DenseOptions(ann).resolved(len(texts), encoder.card.dimension)
     build_ann(tmp_path, options)
     ours, truth = (
         DenseRanker(tmp_path, encoder, options).nearest(queries, 10),
