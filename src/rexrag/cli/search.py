@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,7 +57,7 @@ def retrieve(
         print(f"query: {words}")
         for place, document in enumerate(documents, 1):
             text = " ".join(document.text.split())[:160]
-            print(printable(f"{place:3}  {document.score:7.3f}  {document.title}: {text}"))
+            print(printable(f"{place:3}  {document.score:7.3f}  [{document.id}] {document.title}: {text}"))
 
 
 FEWEST_FOUND = 0.9
@@ -161,7 +162,8 @@ def serve(
     most_queries: Annotated[int, typer.Option(min=1, help="The most queries in one request.")] = 1024,
     most_waiting: Annotated[int, typer.Option(min=1, help="Queries that may wait; then 429.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Queries searched together.")] = 256,
-    cache: Annotated[int, typer.Option(min=0, help="Passages kept in the answer cache; 0 is none.")] = 50_000,
+    cache_mb: Annotated[int, typer.Option(min=0, help="Memory of the answer cache, MB; 0 is none.")] = 64,
+    cache: Annotated[int | None, typer.Option(min=0, hidden=True)] = None,
 ) -> None:
     """Serve an index over Search-R1's /retrieve protocol, with /health and /metrics.
 
@@ -176,7 +178,16 @@ def serve(
     def ready(address: str, passages: int) -> None:
         print(f"POST {address}/retrieve ({passages:,} passages; Ctrl-C stops)", flush=True)
 
-    limits = Limits(topk=most_topk, queries=most_queries, waiting=most_waiting, batch=batch, cache=cache)
+    if cache is not None:
+        print("--cache counted passages; it is now --cache-mb, in megabytes", file=sys.stderr)
+        cache_mb = cache_mb if cache else 0
+    limits = Limits(
+        topk=most_topk,
+        queries=most_queries,
+        waiting=most_waiting,
+        batch=batch,
+        cache_bytes=cache_mb * 2**20,
+    )
     run(index, host, port, default_topk=topk, limits=limits, encoder=encoder, ready=ready)
 
 

@@ -106,10 +106,10 @@ def test_the_same_query_is_searched_once() -> None:
 
 
 def test_the_cache_forgets_the_least_used_and_can_be_off() -> None:
-    for cache, calls in ((0, 4), (4, 3)):  # 4: two answers of one passage each
+    for cache, calls in ((0, 4), (1600, 3)):  # 1600 bytes: two answers of one short passage each
         gate = Gate()
         with (
-            running(create_app(gate, limits=Limits(cache=cache))) as url,
+            running(create_app(gate, limits=Limits(cache_bytes=cache))) as url,
             httpx.Client(base_url=url, trust_env=False) as http,
         ):
             for query in ("a", "b", "b", "c"):

@@ -13,16 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rexrag.errors import ConfigError, RetrievalError
-from rexrag.http import TOKEN_VARIABLE
-from rexrag.retrieval.http.client import (
-    FIRST_PAUSE,
-    LONGEST_PAUSE,
-    RemoteRetriever,
-    endpoint,
-    parse_answer,
-    pause,
-    retry_after,
-)
+from rexrag.http import FIRST_PAUSE, LONGEST_PAUSE, TOKEN_VARIABLE, pause, retry_after
+from rexrag.retrieval.http.client import RemoteRetriever, endpoint, parse_answer
 from rexrag.retrieval.http.service import create_app
 from rexrag.retrieval.rankers.bm25 import BM25Retriever
 from rexrag.types import Document

@@ -101,8 +101,9 @@ def test_a_token_guards_retrieve(retriever: BM25Retriever) -> None:
         assert right.json() == {"result": []}
         assert http.get("/health").status_code == 200
         assert http.get("/metrics").status_code == 401
-        forged = http.post("/retrieve", json={"queries": []}, headers={"Host": "x/health?"})
-        assert forged.status_code in (400, 401), "who may ask is not for the client's headers to say"
+        for host in ("x/health?", "localhost/health?"):
+            forged = http.post("/retrieve", json={"queries": []}, headers={"Host": host})
+            assert forged.status_code in (400, 401, 421), "who may ask is not for the client's headers to say"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -205,12 +206,16 @@ def test_a_search_r1_client_reads_the_answers(retriever: BM25Retriever) -> None:
 )
 def test_only_loopback_goes_without_a_token(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
-    check_exposure(host, "token")
+    check_exposure(host, "correct horse battery staple")
     if loopback:
         check_exposure(host, None)
+        check_exposure(host, "x")
     else:
         with pytest.raises(ConfigError, match=TOKEN_VARIABLE):
             check_exposure(host, None)
+        for weak in ("x", "short token", "a" * 40, "abcabcabcabcabcabc"):
+            with pytest.raises(ConfigError, match="easily guessed"):
+                check_exposure(host, weak)
 
 
 def test_serve_refuses_before_it_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,34 +6,51 @@ A search either answers every query or raises RetrievalError; it never turns a f
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
-from email.utils import parsedate_to_datetime
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
 import httpx
 
 from rexrag.errors import ConfigError, RetrievalError
-from rexrag.http import TOKEN_VARIABLE, is_loopback
+from rexrag.http import (
+    TOKEN_VARIABLE,
+    BadAnswer,
+    Client,
+    first_words,
+    may_pass,
+    parse_address,
+    parse_json,
+    pause,
+    retry_after,
+)
 from rexrag.io import brief
 from rexrag.types import Document
 
-FIRST_PAUSE = 0.5
-"""Seconds before the first retry; doubled for each further one."""
-LONGEST_PAUSE = 30.0
-"""Seconds; also the most that a Retry-After header can ask for."""
+log = logging.getLogger(__name__)
+
+REQUEST_CHARACTERS = 262_144
+"""Characters of the queries in one request; a longer query goes alone."""
+MOST_BYTES = 64 * 2**20
+"""Of one answer, however many passages were asked for."""
+ANSWER_BYTES, PASSAGE_BYTES = 2**20, 2**18
+"""What an answer may hold: so much, and so much more for each passage that was asked for."""
+QUIET_SECONDS = 30.0
+"""Between two lines that say that a request failed and is tried again."""
 
 
 class RemoteRetriever:
     """A `Retriever` over HTTP. Use it as a context manager, or call `close`.
 
     `url` is the address of the endpoint; `/retrieve` is added where it has no path. Tried again, up to
-    `retries` times with growing, jittered pauses: no connection, a time-out, status 429 and 5xx. Any other
-    status and an answer of the wrong shape fail at once. `timeout` is in seconds, for each wait of a request.
+    `retries` times with growing, jittered pauses: no connection, a time-out, status 429 and 5xx; the first
+    failure is logged at once. Any other status and an answer of the wrong shape fail at once. `timeout` is in
+    seconds, for one whole try.
     """
 
     def __init__(
@@ -46,23 +63,21 @@ class RemoteRetriever:
         token: str | None = None,
         sleep: Callable[[float], None] = time.sleep,
         jitter: random.Random | None = None,
-        transport: httpx.BaseTransport | None = None,
+        transport: Any = None,
     ) -> None:
-        """`token` falls back to $REXRAG_RETRIEVER_TOKEN. Raises ConfigError where `url` is unusable."""
+        """`token` falls back to $REXRAG_RETRIEVER_TOKEN, `transport` is httpx's, for tests.
+
+        Raises ConfigError where `url` or the proxy settings of the environment are unusable.
+        """
         self.url = endpoint(url)
         self.retries = retries
         self.batch = batch
         self._sleep = sleep
         # Its own generator: a retry must not shift the random numbers of a run.
         self._jitter = jitter or random.Random()
+        self._said = -math.inf
         token = token or os.environ.get(TOKEN_VARIABLE)
-        self._http = httpx.Client(
-            timeout=timeout,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            transport=transport,
-            # A proxy cannot reach this machine's own loopback.
-            trust_env=not is_loopback(self.url.host),
-        )
+        self._http = Client(self.url.host, timeout=timeout, token=token, transport=transport)
 
     @property
     def digest(self) -> str:
@@ -74,14 +89,14 @@ class RemoteRetriever:
         if topk < 1:
             raise ConfigError(f"topk is {topk}; expected at least 1")
         found: list[list[Document]] = []
-        for start in range(0, len(queries), self.batch):
-            part = queries[start : start + self.batch]
+        for part in _requests([_valid(query) for query in queries], self.batch):
             answer = self._post(
-                {"queries": [_valid(query) for query in part], "topk": topk, "return_scores": True}
+                {"queries": part, "topk": topk, "return_scores": True},
+                min(MOST_BYTES, ANSWER_BYTES + PASSAGE_BYTES * topk * len(part)),
             )
             try:
                 found += parse_answer(answer, len(part), topk)
-            except (ValueError, OverflowError, RecursionError) as error:
+            except (ValueError, OverflowError) as error:
                 raise RetrievalError(f"{self.url}: not a /retrieve answer: {error}") from None
         return found
 
@@ -96,62 +111,39 @@ class RemoteRetriever:
     ) -> None:
         self.close()
 
-    def _post(self, body: dict[str, Any]) -> httpx.Response:
+    def _post(self, body: dict[str, Any], most_bytes: int) -> httpx.Response:
         for attempt in range(self.retries + 1):
             asked = None
             try:
-                response = self._http.post(self.url, json=body)
+                response = self._http.request("POST", self.url, body=body, most_bytes=most_bytes)
             except httpx.TransportError as error:
                 cause = f"{type(error).__name__}: {error}"
-            except httpx.HTTPError as error:
-                raise RetrievalError(f"{self.url}: {type(error).__name__}: {error}") from None
+            except (httpx.HTTPError, BadAnswer) as error:
+                raise RetrievalError(f"{self.url}: {error}") from None
             else:
                 if response.is_success:
                     return response
-                cause = f"status {response.status_code}: {response.text[:200].strip()}"
+                cause = f"status {response.status_code}: {first_words(response)}"
                 if not may_pass(response):
                     raise RetrievalError(f"{self.url}: {cause}", refused=True)
                 asked = retry_after(response.headers.get("Retry-After"))
             if attempt < self.retries:
+                self._say(cause)
                 self._sleep(pause(attempt, asked, self._jitter))
         raise RetrievalError(f"{self.url}: failed {self.retries + 1} times, the last time with {cause}")
+
+    def _say(self, cause: str) -> None:
+        """Log a failure that is followed by another try; of many in a row, one line now and then."""
+        now = time.monotonic()
+        if now - self._said > QUIET_SECONDS:
+            self._said = now
+            log.warning("%s: %s; trying again, %d times at most", self.url, cause, self.retries)
 
 
 def endpoint(url: str) -> httpx.URL:
     """The address that is posted to. Raises ConfigError."""
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"retriever url '{url}': {error}") from None
-    if parsed.userinfo:
-        # The address is written into the run folder, so it must hold no secret.
-        raise ConfigError(f"retriever url of host '{parsed.host}': a secret belongs in ${TOKEN_VARIABLE}")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ConfigError(f"retriever url '{url}': expected for example http://127.0.0.1:8000/retrieve")
+    parsed = parse_address(url, "retriever url", TOKEN_VARIABLE, "http://127.0.0.1:8000/retrieve")
     return parsed.copy_with(path="/retrieve") if parsed.path in ("", "/") else parsed
-
-
-def pause(attempt: int, asked: float | None, jitter: random.Random) -> float:
-    """Seconds to wait after failed attempt 0, 1, …: doubling, times 0.5 to 1; more where the server asks."""
-    doubled = FIRST_PAUSE * 2.0 ** min(attempt, 30) * (0.5 + 0.5 * jitter.random())
-    return min(max(doubled, asked or 0.0), LONGEST_PAUSE)
-
-
-def may_pass(response: httpx.Response) -> bool:
-    """Whether the same request can succeed later: the server is busy or broken."""
-    return response.status_code == 429 or response.is_server_error
-
-
-def retry_after(header: str | None, now: Callable[[], float] = time.time) -> float | None:
-    """Seconds from a Retry-After header (a number of seconds or an HTTP date); None where it says nothing."""
-    if not header:
-        return None
-    if header.strip().isdecimal():
-        return float(header)
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - now())
-    except ValueError:
-        return None
 
 
 def parse_answer(response: httpx.Response, queries: int, topk: int) -> list[list[Document]]:
@@ -160,7 +152,7 @@ def parse_answer(response: httpx.Response, queries: int, topk: int) -> list[list
     `id` and `score` may be missing: Search-R1's web search services send neither. A missing id is made
     from the contents.
     """
-    body = response.json()
+    body = parse_json(response)
     result = body.get("result") if isinstance(body, dict) else None
     if not isinstance(result, list):
         raise ValueError(f"expected an object with a list 'result', got {brief(body)}")
@@ -173,6 +165,20 @@ def parse_answer(response: httpx.Response, queries: int, topk: int) -> list[list
         [_document(entry, f"result.{i}.{j}") for j, entry in enumerate(documents[:topk])]
         for i, documents in enumerate(result)
     ]
+
+
+def _requests(queries: list[str], most: int) -> Iterator[list[str]]:
+    """The queries in order, as many in a request as may go together."""
+    part: list[str] = []
+    characters = 0
+    for query in queries:
+        if part and (len(part) == most or characters + len(query) > REQUEST_CHARACTERS):
+            yield part
+            part, characters = [], 0
+        part.append(query)
+        characters += len(query)
+    if part:
+        yield part
 
 
 def _valid(text: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from rexrag.retrieval.batching import Observer
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-class Metrics:
+class Metrics(Observer):
     """The metrics of one service, in a registry of their own."""
 
     def __init__(self) -> None:
@@ -28,6 +30,12 @@ class Metrics:
             "rexrag_search_seconds", "Search of one batch.", buckets=SECONDS, registry=registry
         )
         self.waiting = Gauge("rexrag_waiting_queries", "Queries that wait for a search.", registry=registry)
+
+    def cached(self, queries: int) -> None:
+        self.cache_hits.inc(queries)
+
+    def waits(self, queries: int) -> None:
+        self.waiting.set(queries)
 
     def searched(self, queries: int, seconds: float) -> None:
         self.batch_queries.observe(queries)

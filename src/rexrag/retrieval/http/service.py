@@ -6,39 +6,47 @@
     GET  /health    {"status": "ok", "digest": "…"}
     GET  /metrics   Prometheus text
 
-Errors are `{"detail": "one line"}`: 401 no or wrong token, 411 and 413 body length, 422 anything else about
-the request, 429 with Retry-After where too many queries wait, 502 a service behind this one failed.
+Errors are `{"detail": "one line"}`: 401 no or wrong token, 408 a body that takes too long, 411 and 413 body
+length, 421 a Host header of another machine, 422 anything else about the request, 429 with Retry-After where
+too much waits, 500 the search failed, 502 a service behind this one failed, 503 the service is stopping.
+
+`guard` holds what a request must pass, `connections` what a connection may hold, `batching` who waits.
 """
 
 from __future__ import annotations
 
-import hmac
+import asyncio
+import json
+import logging
 import os
 import socket
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rexrag.errors import ConfigError, RetrievalError
 from rexrag.http import TOKEN_VARIABLE, is_loopback
 from rexrag.retrieval.base import Retriever
-from rexrag.retrieval.http.batching import Batcher, Overloaded
+from rexrag.retrieval.batching import BatchedSearch, Bounds, Overloaded, Stopped
+from rexrag.retrieval.http.connections import LogLimit, Server
+from rexrag.retrieval.http.guard import CLIENT_LEFT, Bodies, Guard, refusal
 from rexrag.retrieval.http.metrics import Metrics
 from rexrag.retrieval.index.folder import load_index
 from rexrag.types import Document
 
-LAST_SECONDS = 30
-"""How long a service that was told to stop finishes what it has begun."""
+log = logging.getLogger(__name__)
+log.addFilter(LogLimit())
+
+TOKEN_CHARACTERS, TOKEN_DIFFERENT = 16, 8
+"""A token that guards a service off loopback has at least so many characters, so many of them different."""
+RENDERED_TOGETHER = 32
+"""Results turned into JSON between two looks at other requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +55,36 @@ class Limits:
 
     queries: int = 1024
     query_characters: int = 32_768
+    characters: int = 2**20
+    """Of all queries of a request."""
     topk: int = 100
-    body_bytes: int = 32 * 2**20
+    passages: int = 25_600
+    """Queries times topk of a request."""
+    body_bytes: int = 8 * 2**20
     batch: int = 256
     """Queries searched together."""
     waiting: int = 4096
     """Queries that may wait for a search; a request that comes on top is told to come back."""
-    cache: int = 50_000
-    """Passages kept in the cache of answers; 0 keeps none."""
+    waiting_characters: int = 8 * 2**20
+    cache_bytes: int = 64 * 2**20
+    """Memory of the cache of answers; 0 keeps none."""
+
+    def broken_by(self, queries: Sequence[str], topk: int) -> str:
+        """What a request asks for too much, in words; empty where it is within the limits."""
+        if len(queries) > self.queries:
+            return f"queries: {len(queries)} given, at most {self.queries} are taken"
+        if not 1 <= topk <= self.topk:
+            return f"topk: {topk} given, expected 1 to {self.topk}"
+        if len(queries) * topk > self.passages:
+            asked = f"{len(queries)} with topk {topk} are {len(queries) * topk} passages"
+            return f"queries: {asked}, at most {self.passages} are given"
+        for i, query in enumerate(queries):
+            if len(query) > self.query_characters:
+                return f"queries.{i}: {len(query)} characters, at most {self.query_characters} are taken"
+        characters = sum(map(len, queries))
+        if characters > self.characters:
+            return f"queries: {characters} characters, at most {self.characters} are taken"
+        return ""
 
 
 class RetrieveRequest(BaseModel):
@@ -66,21 +96,41 @@ class RetrieveRequest(BaseModel):
 
 
 def create_app(
-    retriever: Retriever, *, default_topk: int = 3, token: str | None = None, limits: Limits | None = None
+    retriever: Retriever,
+    *,
+    default_topk: int = 3,
+    token: str | None = None,
+    limits: Limits | None = None,
+    host: str = "127.0.0.1",
 ) -> FastAPI:
-    """The service as an ASGI application. With a `token`, all but `/health` wants it as a bearer token."""
+    """The service as an ASGI application for `connections.Server`, or for uvicorn as it is.
+
+    With a `token`, all but `/health` wants it as a bearer token. `host` is the address that it is served on.
+    `app.state.stop(seconds)` refuses what waits and ends searches after so many seconds.
+    """
     limits = limits or Limits()
     metrics = Metrics()
-    batcher = Batcher(retriever, metrics, batch=limits.batch, waiting=limits.waiting, cache=limits.cache)
-    app = FastAPI(title="rexrag retriever", docs_url=None, redoc_url=None, openapi_url=None)
-
-    app.add_middleware(Guard, token=token, body_bytes=limits.body_bytes, metrics=metrics)
+    bounds = Bounds(
+        batch=limits.batch,
+        waiting=limits.waiting,
+        waiting_characters=limits.waiting_characters,
+        cache_bytes=limits.cache_bytes,
+    )
+    batched = BatchedSearch(retriever, bounds, metrics)
+    # Redirects would be made of the Host header, which the client writes.
+    app = FastAPI(
+        title="rexrag retriever", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    bodies = Bodies()
+    app.add_middleware(
+        Guard, host=host, token=token, body_bytes=limits.body_bytes, bodies=bodies, metrics=metrics
+    )
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return _refusal(422, f"{where}: {first['msg']}")
+        return refusal(422, f"{where}: {first['msg']}")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -90,53 +140,65 @@ def create_app(
     async def counted() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    # The search itself runs in a thread, so /health answers meanwhile.
     @app.post("/retrieve")
-    async def retrieve(request: RetrieveRequest) -> Response:
-        topk = default_topk if request.topk is None else request.topk
-        problem = _limit_broken(request.queries, topk, limits)
+    @app.post("/retrieve/")
+    async def retrieve(asked: RetrieveRequest, request: Request) -> Response:
+        topk = default_topk if asked.topk is None else asked.topk
+        problem = limits.broken_by(asked.queries, topk)
         if problem:
-            return _refusal(422, problem)
-        try:
-            found = await batcher.search(request.queries, topk)
-        except Overloaded as error:
-            return _refusal(429, str(error), {"Retry-After": str(error.seconds)})
-        except RetrievalError as error:
-            return _refusal(502, str(error))
+            return refusal(422, problem)
+        found = await _answer(batched, request, asked.queries, topk)
+        if isinstance(found, Response):
+            return found
         metrics.queries.inc(len(found))
-        render = _with_score if request.return_scores else _bare
-        return JSONResponse({"result": [[render(document) for document in documents] for documents in found]})
+        try:
+            return await _render(found, _with_score if asked.return_scores else _bare)
+        except ValueError as error:  # a score that is not finite, half a surrogate pair
+            return refusal(500, f"what was found is no JSON: {error}")
 
+    def stop(seconds: float) -> None:
+        bodies.stop()
+        batched.stop(seconds)
+
+    app.state.stop = stop
     return app
 
 
-class Guard:
-    """Refuses before the body is read, so that a stranger cannot make the service hold one; counts the rest.
+async def _answer(
+    batched: BatchedSearch, request: Request, queries: list[str], topk: int
+) -> list[list[Document]] | Response:
+    """What is found, or why nothing is. A client that hangs up meanwhile takes its queries with it."""
+    search = asyncio.ensure_future(batched.search(queries, topk))
+    # After the body nothing but a hang-up comes.
+    left = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({search, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not search.done():
+            return Response(status_code=CLIENT_LEFT)
+        return search.result()
+    except Overloaded as error:
+        return refusal(429, str(error), {"Retry-After": str(error.seconds)})
+    except Stopped:
+        return refusal(503, "the service is stopping", {"Retry-After": "1"})
+    except RetrievalError as error:
+        return refusal(502, str(error))
+    except Exception as error:
+        log.warning("a search failed: %s: %s", type(error).__name__, error)
+        return refusal(500, f"the search failed: {type(error).__name__}")
+    finally:
+        search.cancel()
+        left.cancel()
 
-    Plain ASGI: Starlette's `BaseHTTPMiddleware` adds a task and two streams to every request.
-    """
 
-    def __init__(self, app: ASGIApp, token: str | None, body_bytes: int, metrics: Metrics) -> None:
-        self.app, self.token, self.body_bytes, self.metrics = app, token, body_bytes, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        begun, status = time.perf_counter(), 500
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        request = Request(scope)
-        try:
-            await (_refuse_head(request, self.token, self.body_bytes) or self.app)(scope, receive, noted)
-        finally:
-            if scope["path"] == "/retrieve":
-                self.metrics.requests.labels(str(status)).inc()
-                self.metrics.request_seconds.observe(time.perf_counter() - begun)
+async def _render(found: list[list[Document]], shown: Callable[[Document], dict[str, Any]]) -> Response:
+    """The answer as JSON, made in pieces: other requests are heard in between."""
+    pieces: list[str] = []
+    for number, documents in enumerate(found):
+        if number and number % RENDERED_TOGETHER == 0:
+            await asyncio.sleep(0)
+        rows = [shown(document) for document in documents]
+        pieces.append(json.dumps(rows, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+    return Response(f'{{"result":[{",".join(pieces)}]}}', media_type="application/json")
 
 
 def serve(
@@ -152,30 +214,35 @@ def serve(
 ) -> None:
     """Serve an index folder until interrupted or terminated. `token` falls back to $REXRAG_RETRIEVER_TOKEN.
 
-    Requests that are being answered then are finished first, for up to LAST_SECONDS. `ready` is told the
-    address and the number of passages once the index is open. Raises ConfigError where `host` can be reached
-    from other machines and there is no token, or where the address cannot be had; IndexFolderError where the
-    index cannot be opened.
+    The search that is running then is finished, if it takes no longer than `connections.LAST_SECONDS`; what
+    waits is refused. `ready` is told the address and the number of passages once the index is open. Raises
+    ConfigError where `host` can be reached from other machines and there is no good token, or where the
+    address cannot be had; IndexFolderError where the index cannot be opened.
     """
     token = token or os.environ.get(TOKEN_VARIABLE) or None
     check_exposure(host, token)
     # The address first: a port that is taken should not be found after a long load.
     with listen(host, port) as listening, suppress(KeyboardInterrupt):
         retriever = load_index(index_folder, encoder=encoder)
-        app = create_app(retriever, default_topk=default_topk, token=token, limits=limits)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_SECONDS)
+        app = create_app(retriever, default_topk=default_topk, token=token, limits=limits, host=host)
+        server = Server(app)
         if ready is not None:
             shown = f"[{host}]" if ":" in host else host
             ready(f"http://{shown}:{listening.getsockname()[1]}", len(retriever.documents))
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])
 
 
 def check_exposure(host: str, token: str | None) -> None:
-    """Raises ConfigError where a service on `host` would be open to other machines."""
-    if not is_loopback(host) and not token:
+    """Raises ConfigError where a service on `host` would be open to other machines, or its token guessed."""
+    if is_loopback(host):
+        return
+    advice = f"set a bearer token in ${TOKEN_VARIABLE} (for example: openssl rand -hex 24), or use 127.0.0.1"
+    if not token:
+        raise ConfigError(f"host '{host}' can be reached from other machines; {advice}")
+    if len(token) < TOKEN_CHARACTERS or len(set(token)) < TOKEN_DIFFERENT:
         raise ConfigError(
-            f"host '{host}' can be reached from other machines; set a bearer token in ${TOKEN_VARIABLE}, "
-            "or use 127.0.0.1"
+            f"host '{host}' can be reached from other machines, and the token is easily guessed: expected at "
+            f"least {TOKEN_CHARACTERS} characters, {TOKEN_DIFFERENT} of them different; {advice}"
         )
 
 
@@ -192,37 +259,6 @@ def listen(host: str, port: int) -> socket.socket:
     # does not; without it an answer's body waits 40 ms for the acknowledgement of its header.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
-
-
-def _refuse_head(request: Request, token: str | None, body_bytes: int) -> Response | None:
-    given = request.headers.get("authorization", "")
-    # Not request.url.path: older Starlettes make it from the Host header, which the client writes.
-    guarded = token and request.scope["path"] != "/health"
-    if guarded and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        return _refusal(401, "expected the service's bearer token", {"WWW-Authenticate": "Bearer"})
-    if request.method != "POST":
-        return None
-    length = request.headers.get("content-length", "")
-    if not length.isdecimal():
-        return _refusal(411, "expected a Content-Length")
-    if int(length) > body_bytes:
-        return _refusal(413, f"body of {length} bytes, at most {body_bytes} are taken")
-    return None
-
-
-def _limit_broken(queries: list[str], topk: int, limits: Limits) -> str:
-    if len(queries) > limits.queries:
-        return f"queries: {len(queries)} given, at most {limits.queries} are taken"
-    if not 1 <= topk <= limits.topk:
-        return f"topk: {topk} given, expected 1 to {limits.topk}"
-    for i, query in enumerate(queries):
-        if len(query) > limits.query_characters:
-            return f"queries.{i}: {len(query)} characters, at most {limits.query_characters} are taken"
-    return ""
-
-
-def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"detail": detail}, status, headers)
 
 
 def _bare(document: Document) -> dict[str, Any]:

@@ -120,7 +120,12 @@ def load_index(
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of an index folder of this format. Raises IndexFolderError."""
-    path = Path(folder) / MANIFEST
+    folder, path = Path(folder), Path(folder) / MANIFEST
+    if folder.is_file():
+        raise IndexFolderError(
+            f"{folder}: a file, no index folder; where it is a corpus, build an index of it with: "
+            f"rexrag index build {folder} --out {folder.name.split('.')[0] or 'corpus'}-index"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
