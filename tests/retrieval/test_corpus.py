@@ -37,12 +37,14 @@ def test_reading_streams(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "where"),
     [
-        ({"id": "2"}, "field 'contents': missing"),
+        ({"id": "2"}, "field 'contents': missing; expected `contents` or `text`, the row's fields are: id"),
         ({"id": "2", "contents": ["x"]}, "field 'contents': expected a text, got list ['x']"),
         ({"id": "2", "contents": " "}, "field 'contents': expected a text that is not blank"),
         ({"id": "2", "contents": "\ud83d"}, "field 'contents': expected valid Unicode"),
-        ({"id": "2", "title": "T"}, "field 'text': missing"),
-        ({"id": "2", "text": "t"}, "field 'title': missing"),
+        ({"id": "2", "title": "T", "body": "b"}, "the row's fields are: id, title, body"),
+        ({"id": "2", "text": ["t"]}, "field 'text': expected a text, got list ['t']"),
+        ({"id": "2", "title": 3, "text": "t"}, "field 'title': expected a text, got int 3"),
+        ({"id": "2", "title": " ", "text": " "}, "field 'text': expected a text that is not blank"),
         ({"id": 1.5, "contents": "x"}, "field 'id': expected a text or a whole number, got float 1.5"),
         ({"id": "1", "contents": "x"}, "field 'id': '1' was seen before"),
         (["2", "x"], "expected a JSON object, got list"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 
@@ -48,6 +49,9 @@ def _root(
 def main() -> None:
     """Entry point: one line for a user's mistake, a traceback only with --debug or for a bug."""
     debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal is shown what it can show
     # Accepted anywhere on the line, since that is where people add it.
     sys.argv = [sys.argv[0], *(arg for arg in sys.argv[1:] if arg != "--debug")]
     try:

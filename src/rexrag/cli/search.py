@@ -1,4 +1,4 @@
-"""`rexrag index build`, `retrieve`, `serve`."""
+"""`rexrag index build`, `index check`, `retrieve`, `serve`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rexrag.cli.training import JsonOption
 from rexrag.errors import ConfigError
 from rexrag.io import printable
 
-index_app = typer.Typer(help="Build retrieval indexes.", no_args_is_help=True)
+index_app = typer.Typer(help="Build and check retrieval indexes.", no_args_is_help=True)
 EncoderOption = Annotated[str, typer.Option(help="A sentence-transformers folder or hub id (dense, hybrid).")]
 
 
@@ -69,7 +69,9 @@ MISSES = (
 
 @index_app.command("build")
 def index_build(
-    corpus: Annotated[Path, typer.Argument(help="corpus.jsonl: id, contents (or title, text).")],
+    corpus: Annotated[
+        Path, typer.Argument(help="corpus.jsonl, packed or not: id, contents (or title, text).")
+    ],
     out: Annotated[Path, typer.Option(help="Index folder to write.")],
     kind: Annotated[
         str, typer.Option(help="bm25; past 200,000 passages bm25-disk, bm25-fast; dense, hybrid.")
@@ -106,7 +108,7 @@ def index_build(
 
     from rexrag.cli.display import BuildProgress
     from rexrag.retrieval.index.build import BuildOptions, build_index
-    from rexrag.retrieval.index.estimate import plan
+    from rexrag.retrieval.index.estimate import estimate, size_text
     from rexrag.retrieval.index.folder import refuse_other_folder
     from rexrag.retrieval.rankers.bm25 import BM25Options
 
@@ -120,14 +122,14 @@ def index_build(
         dense={"ann": ann, "effort": effort} if kind in ("dense", "hybrid") else {},
     )
     refuse_other_folder(out)
-    needs = plan(corpus, out, options)
+    needs = estimate(corpus, out, options)
     # Progress goes to stderr, so that --json leaves stdout to the answer.
     console = Console(stderr=True, highlight=False)
     console.soft_wrap = not console.is_terminal  # a log keeps lines whole, a terminal breaks them at words
     console.print(
-        f"{corpus}: about {needs.documents:,} passages. Will need about {_bytes(needs.disk)} of disk"
-        + (f" (and {_bytes(needs.scratch)} while it is built)" if needs.scratch else "")
-        + f", {_bytes(needs.memory)} of memory, {_duration(needs.seconds)}.",
+        f"{corpus}: about {needs.documents:,} passages. Will need about {size_text(needs.disk)} of disk"
+        + (f" (and {size_text(needs.scratch)} while it is built)" if needs.scratch else "")
+        + f", {size_text(needs.free_disk)} are free.",
         markup=False,
     )
     for warning in needs.warnings:
@@ -146,10 +148,33 @@ def index_build(
     if as_json:
         print(json.dumps({**facts, "kind": kind, "out": str(out)}))
         return
+    size = size_text(facts["bytes"])
     print(
-        f"{facts['documents']:,} documents indexed in {facts['seconds']} s, {_bytes(facts['bytes'])}: {out}"
+        f"{facts['documents']:,} documents indexed in {facts['seconds']} s, {size}: {out}"
         + (f"; finds {recall:.3f} of the ten best passages (64 sampled queries)" if "recall" in facts else "")
     )
+
+
+@index_app.command("check")
+def index_check(
+    index: Annotated[Path, typer.Argument(help="An index folder of any kind.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Read every byte of an index and compare it with what was written. 2 where something has changed.
+
+    \b
+    Examples:
+      rexrag index check indexes/wiki
+    """
+    from rexrag.retrieval.index.estimate import size_text
+    from rexrag.retrieval.index.folder import check_index
+
+    facts = check_index(index)
+    if as_json:
+        print(json.dumps({**facts, "index": str(index)}))
+        return
+    size = size_text(facts["bytes"])
+    print(f"{index}: whole: {facts['documents']:,} passages, {facts['files']} files, {size}")
 
 
 def serve(
@@ -189,16 +214,3 @@ def serve(
         cache_bytes=cache_mb * 2**20,
     )
     run(index, host, port, default_topk=topk, limits=limits, encoder=encoder, ready=ready)
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{max(1, round(count / 1e3))} kB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -12,7 +12,14 @@ import pytest
 
 from rexrag.errors import ConfigError, IndexFolderError
 from rexrag.retrieval.corpus import documents_digest, read_corpus
-from rexrag.retrieval.index.folder import MANIFEST, load_index, save_index
+from rexrag.retrieval.index.folder import (
+    MANIFEST,
+    check_index,
+    crc32_file,
+    load_index,
+    manifest_digest,
+    save_index,
+)
 from rexrag.retrieval.rankers.bm25 import BM25Options, BM25Retriever
 from rexrag.types import Document
 
@@ -75,7 +82,8 @@ def test_nothing_in_the_folder_is_a_pickle(folder: Path) -> None:
 def test_a_pickle_in_the_folder_is_not_loaded(folder: Path) -> None:
     victim = folder / "data.csc.index.npy"
     np.save(victim, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    edit_manifest(folder, lambda m: m["files"][victim.name].update(bytes=victim.stat().st_size))
+    facts = {"bytes": victim.stat().st_size, "crc32": crc32_file(victim)}
+    edit_manifest(folder, lambda m: m["files"][victim.name].update(facts))
     with pytest.raises(IndexFolderError, match="damaged"):
         load_index(folder)
 
@@ -104,6 +112,7 @@ def test_options_are_kept(documents: list[Document], tmp_path: Path) -> None:
 def edit_manifest(folder: Path, change) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
+    manifest["sha256"] = manifest_digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -152,12 +161,30 @@ def test_every_file_is_missed_when_gone_or_cut_off(folder: Path, tmp_path: Path)
             shutil.rmtree(copy)
 
 
-def test_a_changed_byte_is_found_by_verify(folder: Path) -> None:
+def test_a_changed_byte_of_a_large_file_is_found_by_the_check(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = folder / "documents.jsonl"
     path.write_bytes(path.read_bytes().replace(b"Thames", b"Tharne"))
-    load_index(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("rexrag.retrieval.index.folder.CHECKED_AT_OPEN", path.stat().st_size - 1)
+        load_index(folder)
+    for find in (load_index, check_index, lambda folder: load_index(folder, verify=True)):
+        with pytest.raises(IndexFolderError, match=r"documents\.jsonl: its bytes have changed"):
+            find(folder)
+
+
+def test_a_folder_of_an_earlier_version_is_opened_and_checked(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"]
+    for facts in manifest["files"].values():
+        del facts["crc32"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert load_index(folder).search(["Thames"], 1)[0][0].id == "d2"
+    path = folder / "documents.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"Thames", b"Tharne"))
     with pytest.raises(IndexFolderError, match="its bytes have changed"):
-        load_index(folder, verify=True)
+        load_index(folder)
 
 
 def test_saving_replaces_an_index_but_nothing_else(

@@ -16,7 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rexrag.errors import ConfigError, DataError
-from rexrag.retrieval.rankers.bm25 import BM25Options, BM25Retriever, best_places, split_words
+from rexrag.retrieval.rankers.bm25 import (
+    SPACED,
+    BM25Options,
+    BM25Retriever,
+    best_places,
+    has_unspaced,
+    split_words,
+)
 from rexrag.types import Document
 
 WORDS = ["ada", "engine", "london", "river", "chapel", "mayor", "berlin"]
@@ -131,7 +138,8 @@ def test_a_batch_is_its_queries_one_by_one(retriever: BM25Retriever) -> None:
         ("Corte\u0301s", ["cortes"]),
         ("Mary's own, King’s; O'Brien", ["mary", "own", "king", "o", "brien"]),
         ("3 Dots (2003)", ["3", "dots", "2003"]),
-        ("東京 Москва", ["東京", "москва"]),
+        ("東京 Москва", ["東", "京", "東京", "москва"]),
+        ("iPhone手机, 首", ["iphone", "手", "机", "手机", "首"]),
         (" \n", []),
     ],
 )
@@ -142,7 +150,9 @@ def test_words(text: str, words: list[str]) -> None:
 @given(st.text())
 def test_any_text_can_be_searched_and_splitting_is_stable(text: str) -> None:
     words = split_words(text)
-    assert split_words(" ".join(words)) == words
+    spaced = split_words(text, SPACED)
+    assert split_words(" ".join(spaced), SPACED) == spaced
+    assert has_unspaced(text) or words == spaced
     retriever = BM25Retriever.build([Document("0", "ada " + text)])
     assert bool(retriever.search([text], 1)[0]) == bool(words)
 

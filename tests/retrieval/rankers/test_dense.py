@@ -13,7 +13,7 @@ from rexrag.io import write_jsonl
 from rexrag.retrieval import make_retriever
 from rexrag.retrieval.corpus import read_corpus
 from rexrag.retrieval.index.build import BuildOptions, build_index
-from rexrag.retrieval.index.estimate import plan
+from rexrag.retrieval.index.estimate import estimate
 from rexrag.retrieval.index.folder import MANIFEST, load_index
 from rexrag.retrieval.rankers.encoder import known_prefixes
 
@@ -230,7 +230,7 @@ def test_too_small_for_ivf_pq_is_said_before_anything_is_built(
 ) -> None:
     options = BuildOptions(kind="dense", encoder=minilm, dense={"ann": "ivf-pq"})
     with pytest.raises(ConfigError, match="ivf-pq needs at least 256 passages, the corpus has 5"):
-        plan(corpus, tmp_path / "index", options)
+        estimate(corpus, tmp_path / "index", options)
 
 
 def test_hybrid_has_what_either_side_finds(corpus: Path, minilm: str, tmp_path: Path) -> None:

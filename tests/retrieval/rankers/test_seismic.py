@@ -14,7 +14,7 @@ from rexrag.errors import ConfigError, DataError, IndexFolderError
 from rexrag.io import write_jsonl
 from rexrag.retrieval import make_retriever
 from rexrag.retrieval.index.build import BuildOptions, build_index
-from rexrag.retrieval.index.estimate import plan
+from rexrag.retrieval.index.estimate import estimate
 from rexrag.retrieval.index.folder import MANIFEST, load_index
 from rexrag.retrieval.rankers.bm25 import BM25Options, BM25Retriever
 from rexrag.types import Document
@@ -164,11 +164,11 @@ def test_a_missing_extra_is_no_damage(corpus: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigError, match=r"bm25-fast needs an extra: pip install -e '\.\[fast\]'"):
         load_index(tmp_path / "index")
     with pytest.raises(ConfigError, match="bm25-fast needs an extra"):
-        plan(corpus, tmp_path / "other", FAST)
+        estimate(corpus, tmp_path / "other", FAST)
 
 
-def test_the_plan_comes_near_what_is_built(corpus: Path, world: World, tmp_path: Path) -> None:
-    needs = plan(corpus, tmp_path / "index", FAST)
+def test_the_estimate_comes_near_what_is_built(corpus: Path, world: World, tmp_path: Path) -> None:
+    needs = estimate(corpus, tmp_path / "index", FAST)
     facts = build_index(corpus, tmp_path / "index", FAST)
     assert needs.documents == len(world.documents)
     assert 0.5 < needs.disk / facts["bytes"] < 2

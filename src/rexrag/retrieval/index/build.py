@@ -7,30 +7,32 @@ encoder also go on inside a stage, from their last commit.
 | stage | kinds | memory |
 |---|---|---|
 | documents | all | 16 bytes a passage |
-| words | bm25 | all word numbers and scores: see `plan` |
+| words | bm25 | all word numbers and scores: see `estimate` |
 | words | bm25-disk | the writer's heap |
-| words | bm25-fast | all (word, passage) pairs and the index: see `plan` |
+| words | bm25-fast | all (word, passage) pairs and the index: see `estimate` |
 | vectors | dense | a chunk of passages and the encoder |
 | ann | dense, not flat | the approximate index |
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from rexrag.errors import ConfigError, DataError, IndexFolderError
-from rexrag.io import replace_folder, write_json
+from rexrag.io import is_temporary, replace_folder, sweep, temporary_name, write_json
 from rexrag.retrieval.corpus import read_corpus
 from rexrag.retrieval.index.documents import StoredDocuments, write_documents
 from rexrag.retrieval.index.folder import refuse_other_folder, write_manifest
-from rexrag.retrieval.rankers.bm25 import BM25Options, BM25Ranker
+from rexrag.retrieval.rankers.bm25 import SPACED, UNSPACED, BM25Options, BM25Ranker, has_unspaced
 from rexrag.retrieval.rankers.hybrid import FusionOptions
 
 LEXICAL = ("bm25", "bm25-disk", "bm25-fast")
@@ -38,6 +40,10 @@ KINDS = (*LEXICAL, "dense", "hybrid")
 MANY_PASSAGES = 200_000
 """From here on bm25-disk: bm25 needs all words in memory to build, and a search adds up all their scores."""
 STATE = "build.json"
+STRAYS = (".*.tmp", "*.tmp", ".tmp*", "*.partial", ".tantivy-*.lock")
+"""Names under which we, tantivy and faiss write what is not finished."""
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122", "requested and")
+"""What tantivy, faiss and numpy (`9 requested and 2 written`) say, in errors without a number."""
 
 
 class Progress(Protocol):
@@ -94,18 +100,17 @@ def build_index(
 
     `documents` is an estimate for the progress of the first stage. `restart` throws away what an earlier call
     left. Raises DataError (corpus), ConfigError (options), ModelError (encoder), and IndexFolderError where
-    `out` holds something else, or an unfinished build of something else.
+    `out` holds something else, or an unfinished build of something else, or the disk is full.
     """
     out = Path(out)
     refuse_other_folder(out)
     tell: Progress = progress or (lambda stage, done, total: None)
     partial = out.with_name(f"{out.name}.partial")
-    with _claimed(partial, Path(corpus), options, restart) as state:
+    with _claimed(partial, Path(corpus), options, restart) as state, _naming_a_full_disk(partial):
         if "corpus_digest" not in state:
             rows = read_corpus(corpus, unique=False)
             digest = write_documents(partial, rows, lambda done: tell("documents", done, documents), corpus)
-            state["corpus_digest"] = digest
-            write_json(partial / STATE, state)
+            _finish(partial, state, "corpus_digest", digest)
         stored = StoredDocuments(partial)
         recorded: dict[str, Mapping[str, Any]] = {}
         if options.lexical_part:
@@ -113,6 +118,7 @@ def build_index(
         if options.dense_part:
             recorded["dense"] = _dense(partial, stored, options, state, tell)
         whole = {**asdict(options.fusion), "parts": recorded} if options.kind == "hybrid" else None
+        _remove_strays(partial)
         write_manifest(
             partial,
             options.kind,
@@ -124,6 +130,7 @@ def build_index(
         )
         replace_folder(partial, out)
         (out / STATE).unlink(missing_ok=True)  # last: until then the same command goes on
+    sweep(out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     facts = {"documents": len(stored), "corpus_digest": state["corpus_digest"], "bytes": size}
     return facts | {"recall": state["words"]["recall"]} if options.lexical_part == "bm25-fast" else facts
@@ -135,25 +142,30 @@ def _lexical(
     def counted(done: int) -> None:
         tell("words", done, len(stored))
 
-    if options.lexical_part == "bm25":
-        if "words" not in state:
-            ranker = BM25Ranker.build(stored.texts(), options.bm25, counted)
+    if "words" not in state:
+        splitter = UNSPACED if any(map(has_unspaced, stored.texts())) else SPACED
+        bm25 = replace(options.bm25, words=splitter)
+        recorded: dict[str, Any] = {"words": splitter}
+        if options.lexical_part == "bm25":
+            ranker = BM25Ranker.build(stored.texts(), bm25, counted)
             ranker.scorer.save(folder, allow_pickle=False, show_progress=False)
-            _finish(folder, state, "words", dict(ranker.identity))
-    elif options.lexical_part == "bm25-fast":
-        from rexrag.retrieval.rankers.seismic import FastOptions, build_seismic
+            recorded = dict(ranker.identity)
+        elif options.lexical_part == "bm25-fast":
+            from rexrag.retrieval.rankers.seismic import FastOptions, build_seismic
 
-        if "words" not in state:
             fast = FastOptions()
-            recall = build_seismic(folder, stored.texts(), options.bm25, fast, counted)
-            recorded = {"documents": len(stored), "bm25": asdict(options.bm25), "fast": asdict(fast)}
-            _finish(folder, state, "words", {**recorded, "recall": recall})
-    else:
-        from rexrag.retrieval.rankers.tantivy import build_tantivy
+            recall = build_seismic(folder, stored.texts(), bm25, fast, counted)
+            recorded = {
+                "documents": len(stored),
+                "bm25": asdict(bm25),
+                "fast": asdict(fast),
+                "recall": recall,
+            }
+        else:
+            from rexrag.retrieval.rankers.tantivy import build_tantivy
 
-        if "words" not in state:
             build_tantivy(folder, stored.texts, counted)
-            _finish(folder, state, "words", {"words": options.bm25.words})
+        _finish(folder, state, "words", recorded)
     found: Mapping[str, Any] = state["words"]
     return found
 
@@ -191,6 +203,32 @@ def _finish(folder: Path, state: dict[str, Any], stage: str, value: object) -> N
     write_json(folder / STATE, state)
 
 
+def _remove_strays(folder: Path) -> None:
+    """Remove what a killed build left under temporary names: it must not get into the manifest."""
+    for pattern in STRAYS:
+        for path in folder.rglob(pattern):
+            if path.is_file():
+                path.unlink()
+
+
+@contextmanager
+def _naming_a_full_disk(partial: Path) -> Iterator[None]:
+    """The libraries' errors about a full disk name no file and no number; this one does."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(words in str(error) for words in DISK_FULL):
+            raise
+        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        free = shutil.disk_usage(partial).free
+        raise IndexFolderError(
+            f"{partial}: no space left on the disk: {written / 1e6:,.1f} MB are written, "
+            f"{free / 1e6:,.1f} MB are free; make room, and the same command goes on (--dry-run says what it "
+            "needs)"
+        ) from None
+
+
 @contextmanager
 def _claimed(
     partial: Path, corpus: Path, options: BuildOptions, restart: bool = False
@@ -205,26 +243,41 @@ def _claimed(
         raise DataError(error.strerror or "not readable", file=corpus) from None
     asked = json.loads(json.dumps(asdict(options)))
     asked["corpus"] = [str(corpus.absolute()), facts.st_size, facts.st_mtime_ns]
-    if partial.exists() and not (partial / STATE).is_file() and any(partial.iterdir()):
-        raise IndexFolderError(f"{partial}: exists and is no unfinished build; it is left as it is")
-    partial.mkdir(parents=True, exist_ok=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
     with (partial.parent / f".{partial.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise IndexFolderError(f"{partial}: another build is writing here") from None
-        if restart and (partial / STATE).is_file():
-            shutil.rmtree(partial)
-            partial.mkdir()
-        state = _read_state(partial, asked)
-        write_json(partial / STATE, state)
         try:
-            yield state
-        except (ConfigError, DataError):
-            shutil.rmtree(partial)
-            raise
+            sweep(partial)
+            if partial.exists() and not _is_ours(partial):
+                raise IndexFolderError(f"{partial}: exists and is no unfinished build; it is left as it is")
+            if restart:
+                _discard(partial)
+            partial.mkdir(exist_ok=True)
+            state = _read_state(partial, asked)
+            write_json(partial / STATE, state)
+            try:
+                yield state
+            except (ConfigError, DataError):
+                _discard(partial)
+                raise
         finally:
             Path(lock.name).unlink(missing_ok=True)
+
+
+def _is_ours(partial: Path) -> bool:
+    """An unfinished build: its state is there, or nothing but what a kill before that leaves."""
+    return (partial / STATE).is_file() or (partial.is_dir() and all(map(is_temporary, partial.iterdir())))
+
+
+def _discard(partial: Path) -> None:
+    """Remove an unfinished build. Renamed first: killed in the middle, what is left is known for a stray."""
+    if partial.exists():
+        away = temporary_name(partial)
+        os.replace(partial, away)
+        shutil.rmtree(away)
 
 
 def _read_state(partial: Path, asked: dict[str, Any]) -> dict[str, Any]:

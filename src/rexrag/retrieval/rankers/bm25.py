@@ -5,14 +5,16 @@ The score of a document d for a query q (Lucene's variant of Robertson's BM25; K
     Σ_{t in q} log(1 + (N − df_t + 0.5) / (df_t + 0.5)) · tf / (tf + k1·(1 − b + b·|d| / avg |d|))
 
 Words are the same on both sides: case and accents folded, English stop words and possessive 's dropped.
+Scripts without spaces between words (Chinese, Japanese, Thai, …) are cut into single characters and pairs of
+neighbours, as Lucene's CJK analyser does.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,19 @@ from rexrag.types import Document
 
 BLOCK = 256
 """Scores whose best one is looked at first: most blocks hold nothing that can be among the k best."""
+SPACED, UNSPACED = "fold-en-1", "fold-en-2"
+"""Word splitters: UNSPACED also cuts scripts without spaces. A corpus without such a script is split alike by
+both, and its index keeps the older name."""
 STOP_WORDS = frozenset(STOPWORDS_EN)
 # A word; but not the "s" of "Mary's", which would match every other possessive.
 _WORD = re.compile(r"(?!(?<=['’])s\b)\w+")
+# Thai, Lao, Tibetan, Myanmar, Khmer, kana, and Chinese characters.
+_NO_SPACES = (
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_UNSPACED = re.compile(f"[{_NO_SPACES}]")
+_PIECES = re.compile(f"[{_NO_SPACES}]+|[^{_NO_SPACES}]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +49,8 @@ class BM25Options:
 
     k1: float = 1.2
     b: float = 0.75
-    words: str = "fold-en-1"
-    """Name of the word splitter; an index made with another one is refused."""
+    words: str = SPACED
+    """Name of the word splitter; an index made with one that is not known is refused."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.k1 < float("inf"):
@@ -47,12 +59,31 @@ class BM25Options:
             raise ConfigError(f"b is {self.b}; expected a number from 0 to 1")
 
 
-def split_words(text: str) -> list[str]:
+def split_words(text: str, splitter: str = UNSPACED) -> list[str]:
     """The words that are indexed and searched, in order, repeats kept."""
-    if not text.isascii():
-        # Accents come off before the case is folded: NFKD can bring capitals back.
-        text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return [word for word in _WORD.findall(text.casefold()) if word not in STOP_WORDS]
+    if text.isascii():
+        return [word for word in _WORD.findall(text.casefold()) if word not in STOP_WORDS]
+    # Accents come off before the case is folded: NFKD can bring capitals back.
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    words = [word for word in _WORD.findall(plain.casefold()) if word not in STOP_WORDS]
+    if splitter == SPACED or not has_unspaced(text):
+        return words
+    return [piece for word in words for piece in _pieces(word)]
+
+
+def has_unspaced(text: str) -> bool:
+    """Whether a text is partly in a script that puts no spaces between words."""
+    return not text.isascii() and _UNSPACED.search(text) is not None
+
+
+def _pieces(word: str) -> Iterator[str]:
+    """Of a run without spaces each character and each pair of neighbours; other runs are words."""
+    for run in _PIECES.findall(word):
+        if _UNSPACED.match(run):
+            yield from run
+            yield from (run[i : i + 2] for i in range(len(run) - 1))
+        else:
+            yield run
 
 
 class BM25Ranker:
@@ -76,7 +107,9 @@ class BM25Ranker:
         # Numbers go by first appearance, so that the same corpus gives the same files on every machine.
         vocabulary: dict[str, int] = {}
         ids: list[list[int]] = []
+        unspaced = False
         for text in texts:
+            unspaced = unspaced or has_unspaced(text)
             ids.append([vocabulary.setdefault(word, len(vocabulary)) for word in split_words(text)])
             if counted is not None:
                 counted(len(ids))
@@ -84,7 +117,7 @@ class BM25Ranker:
             raise DataError(f"nothing to index: {len(ids)} documents without a word that is no stop word")
         scorer = bm25s.BM25(k1=options.k1, b=options.b, method="lucene", backend="numpy", csc_backend="numpy")
         scorer.index((ids, vocabulary), create_empty_token=False, show_progress=False)
-        return cls(scorer, options)
+        return cls(scorer, replace(options, words=UNSPACED if unspaced else SPACED))
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -98,7 +131,8 @@ class BM25Ranker:
         return [self._rank(query, topk) for query in queries]
 
     def _rank(self, query: str, topk: int) -> Hits:
-        known = [self.vocabulary[word] for word in split_words(query) if word in self.vocabulary]
+        words = split_words(query, self.options.words)
+        known = [self.vocabulary[word] for word in words if word in self.vocabulary]
         if not known:
             return []
         scores: NDArray[np.float32] = self.scorer.get_scores_from_ids(known)

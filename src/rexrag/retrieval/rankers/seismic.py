@@ -95,7 +95,8 @@ class SeismicRanker:
         """Places that share a word with the query, by score, then by place; some may be missing."""
         asked: list[Asked] = []
         for number, query in enumerate(queries):
-            known = Counter(word for word in split_words(query) if word in self.numbers)
+            words_asked = split_words(query, self.bm25.words)
+            known = Counter(word for word in words_asked if word in self.numbers)
             if known:
                 words = [self.numbers[word] for word in known]
                 values = [

@@ -17,7 +17,7 @@ import tantivy
 
 from rexrag.errors import DataError, IndexFolderError
 from rexrag.retrieval.base import Hits
-from rexrag.retrieval.rankers.bm25 import BM25Options, split_words
+from rexrag.retrieval.rankers.bm25 import SPACED, split_words
 
 FOLDER = "tantivy"
 HEAP_BYTES = 128_000_000
@@ -33,8 +33,9 @@ class TantivyRanker:
 
     kind = "bm25-disk"
 
-    def __init__(self, folder: Path) -> None:
-        """Raises IndexFolderError where tantivy cannot open it."""
+    def __init__(self, folder: Path, words: str = SPACED) -> None:
+        """`words` names the word splitter. Raises IndexFolderError where tantivy cannot open the folder."""
+        self.words = words
         try:
             index = tantivy.Index.open(str(folder / FOLDER))
             self.schema, self.searcher = index.schema, index.searcher()
@@ -47,7 +48,7 @@ class TantivyRanker:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return {"words": BM25Options().words}
+        return {"words": self.words}
 
     def rank(self, queries: Sequence[str], topk: int) -> list[Hits]:
         """Places that share a word with the query, by score, then by place; none for unknown words."""
@@ -56,7 +57,7 @@ class TantivyRanker:
         return list(self.threads.map(self._rank, queries, [topk] * len(queries)))
 
     def _rank(self, query: str, topk: int) -> Hits:
-        words = split_words(query)
+        words = split_words(query, self.words)
         if not words or not len(self):
             return []
         terms = [
@@ -93,17 +94,20 @@ def build_tantivy(
     # One thread: documents are committed in order, so what is there is always the beginning of the corpus.
     writer = index.writer(heap_size=HEAP_BYTES, num_threads=1)
     place = start = int(index.searcher().num_docs)
-    for place, text in enumerate(texts(start), start + 1):
-        document = tantivy.Document()
-        document.add_text("words", " ".join(split_words(text)))
-        document.add_unsigned("place", place - 1)
-        writer.add_document(document)
-        if place % COMMIT_EVERY == 0:
-            writer.commit()
-        if counted is not None:
-            counted(place)
-    writer.commit()
-    writer.wait_merging_threads()
+    try:
+        for place, text in enumerate(texts(start), start + 1):
+            document = tantivy.Document()
+            document.add_text("words", " ".join(split_words(text)))
+            document.add_unsigned("place", place - 1)
+            writer.add_document(document)
+            if place % COMMIT_EVERY == 0:
+                writer.commit()
+            if counted is not None:
+                counted(place)
+        writer.commit()
+        writer.wait_merging_threads()
+    finally:
+        del writer  # it holds a lock, and the traceback of an error would hold it
     index.reload()
     if not index.searcher().terms_with_prefix("words", "", limit=1):
         raise DataError(f"nothing to index: {place} documents without a word that is no stop word")
