@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from rexrag.retrieval.index.build import STATE, BuildOptions, build_index
 from rexrag.retrieval.index.folder import MANIFEST, check_index, load_index, read_manifest
 from tests.support.attacks import environment, rexrag
 
-KINDS = ["bm25", "bm25-disk"]
+KINDS = ["bm25", "bm25-disk", *(["bm25-fast"] if find_spec("seismic") else [])]
 
 
 @pytest.fixture(scope="module")

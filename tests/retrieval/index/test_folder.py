@@ -17,11 +17,11 @@ from rexrag.retrieval.index.folder import (
     check_index,
     crc32_file,
     load_index,
-    manifest_digest,
     save_index,
 )
 from rexrag.retrieval.rankers.bm25 import BM25Options, BM25Retriever
 from rexrag.types import Document
+from tests.support.indexes import edit_manifest
 
 QUERIES = ["analytical engine", "mapy cortes", "capital", "the", "unknownword", "Mary London"]
 
@@ -107,13 +107,6 @@ def test_options_are_kept(documents: list[Document], tmp_path: Path) -> None:
     loaded = load_index(save_index(built, tmp_path / "index"))
     assert loaded.ranker.options == BM25Options(k1=0.4, b=0.1)
     assert loaded.search(QUERIES, 3) == built.search(QUERIES, 3)
-
-
-def edit_manifest(folder: Path, change) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    change(manifest)
-    manifest["sha256"] = manifest_digest(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(

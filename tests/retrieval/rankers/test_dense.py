@@ -14,8 +14,9 @@ from rexrag.retrieval import make_retriever
 from rexrag.retrieval.corpus import read_corpus
 from rexrag.retrieval.index.build import BuildOptions, build_index
 from rexrag.retrieval.index.estimate import estimate
-from rexrag.retrieval.index.folder import MANIFEST, load_index
+from rexrag.retrieval.index.folder import load_index
 from rexrag.retrieval.rankers.encoder import known_prefixes
+from tests.support.indexes import edit_manifest
 
 faiss = pytest.importorskip("faiss", reason="needs the extra: pip install -e '.[dense]'")
 pytest.importorskip("sentence_transformers", reason="needs the extra: pip install -e '.[dense]'")
@@ -218,9 +219,8 @@ def test_an_encoder_that_is_not_there(corpus: Path, minilm: str, tmp_path: Path)
     with pytest.raises(ModelError, match=r"encoder '.*absent'"):
         Encoder(str(tmp_path / "absent"))
     build_index(corpus, tmp_path / "index", BuildOptions(kind="dense", encoder=minilm))
-    manifest = json.loads((tmp_path / "index" / MANIFEST).read_text())
-    manifest["options"]["encoder"]["model"] = str(tmp_path / "gone")
-    (tmp_path / "index" / MANIFEST).write_text(json.dumps(manifest))
+    gone = str(tmp_path / "gone")
+    edit_manifest(tmp_path / "index", lambda m: m["options"]["encoder"].update(model=gone))
     with pytest.raises(ModelError, match="gone"):
         load_index(tmp_path / "index")
 

@@ -15,9 +15,10 @@ from rexrag.io import write_jsonl
 from rexrag.retrieval import make_retriever
 from rexrag.retrieval.index.build import BuildOptions, build_index
 from rexrag.retrieval.index.estimate import estimate
-from rexrag.retrieval.index.folder import MANIFEST, load_index
+from rexrag.retrieval.index.folder import load_index
 from rexrag.retrieval.rankers.bm25 import BM25Options, BM25Retriever
 from rexrag.types import Document
+from tests.support.indexes import edit_manifest
 
 pytest.importorskip("seismic", reason="needs the extra: pip install -e '.[fast]'")
 
@@ -137,11 +138,12 @@ def test_a_corpus_without_words_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fast.index.seismic", "fast.words.json", "fast.weights.npy"])
-def test_damage_is_one_line(name: str, corpus: Path, tmp_path: Path) -> None:
+def test_damage_is_one_line(name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_index(corpus, tmp_path / "index", FAST)
     file = tmp_path / "index" / name
     file.write_bytes(b"\xff" * file.stat().st_size)
-    with pytest.raises(IndexFolderError, match="damaged"):
+    with monkeypatch.context() as patch, pytest.raises(IndexFolderError, match="damaged"):
+        patch.setattr("rexrag.retrieval.index.folder.CHECKED_AT_OPEN", 0)
         load_index(tmp_path / "index")
     with pytest.raises(IndexFolderError, match="its bytes have changed"):
         load_index(tmp_path / "index", verify=True)
@@ -149,9 +151,7 @@ def test_damage_is_one_line(name: str, corpus: Path, tmp_path: Path) -> None:
 
 def test_words_split_otherwise(corpus: Path, tmp_path: Path) -> None:
     build_index(corpus, tmp_path / "index", FAST)
-    manifest = json.loads((tmp_path / "index" / MANIFEST).read_text())
-    manifest["options"]["bm25"]["words"] = "stemmed"
-    (tmp_path / "index" / MANIFEST).write_text(json.dumps(manifest))
+    edit_manifest(tmp_path / "index", lambda m: m["options"]["bm25"].update(words="stemmed"))
     with pytest.raises(IndexFolderError, match="words were split by 'stemmed'"):
         load_index(tmp_path / "index")
 
