@@ -155,7 +155,7 @@ def build_from_flat(ann: str, flat: Path, index: Path) -> None:
         os.link(flat / name, index / name)
     manifest = read_manifest(flat)
     card = manifest["options"]["encoder"]
-    options = DenseOptions(ann).settled(manifest["documents"], card["dimension"])
+    options = DenseOptions(ann).resolved(manifest["documents"], card["dimension"])
     build_ann(index, options)
     tidy(index, options)
     recorded = {"encoder": card, **asdict(options)}

@@ -117,7 +117,7 @@ def compare(folder: Path, count: int, args: argparse.Namespace) -> list[dict[str
     rows: dict[str, dict[str, Any]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     for engine in args.engines.split(","):
-        options = asdict(DenseOptions(engine).settled(count, args.dimension))
+        options = asdict(DenseOptions(engine).resolved(count, args.dimension))
         index = str(folder / engine)
         tasks[engine] = {"vectors": str(folder), "index": index, "options": options, "topk": args.topk}
         rows[engine] = {

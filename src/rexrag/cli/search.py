@@ -6,13 +6,16 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rexrag.cli.training import JsonOption
 from rexrag.errors import ConfigError
 from rexrag.io import printable
+
+if TYPE_CHECKING:
+    from rexrag.retrieval.index.estimate import Estimate
 
 index_app = typer.Typer(help="Build and check retrieval indexes.", no_args_is_help=True)
 EncoderOption = Annotated[str, typer.Option(help="A sentence-transformers folder or hub id (dense, hybrid).")]
@@ -108,7 +111,7 @@ def index_build(
 
     from rexrag.cli.display import BuildProgress
     from rexrag.retrieval.index.build import BuildOptions, build_index
-    from rexrag.retrieval.index.estimate import estimate, size_text
+    from rexrag.retrieval.index.estimate import estimate
     from rexrag.retrieval.index.folder import refuse_other_folder
     from rexrag.retrieval.rankers.bm25 import BM25Options
 
@@ -126,14 +129,8 @@ def index_build(
     # Progress goes to stderr, so that --json leaves stdout to the answer.
     console = Console(stderr=True, highlight=False)
     console.soft_wrap = not console.is_terminal  # a log keeps lines whole, a terminal breaks them at words
-    console.print(
-        f"{corpus}: about {needs.documents:,} passages. Will need about {size_text(needs.disk)} of disk"
-        + (f" (and {size_text(needs.scratch)} while it is built)" if needs.scratch else "")
-        + f", {size_text(needs.free_disk)} are free.",
-        markup=False,
-    )
-    for warning in needs.warnings:
-        console.print(f"warning: {warning}", markup=False)
+    for line in _needs(corpus, needs):
+        console.print(line, markup=False)
     if dry_run:
         if as_json:
             print(json.dumps(asdict(needs)))
@@ -142,17 +139,31 @@ def index_build(
     with BuildProgress(console) as progress:
         facts = build_index(corpus, out, options, progress, documents=needs.documents, restart=restart)
     facts["seconds"] = round(time.perf_counter() - start, 2)
-    recall = facts.get("recall", 1.0)
-    if recall < FEWEST_FOUND:
+    if facts.get("recall", 1.0) < FEWEST_FOUND:
         console.print(f"warning: {MISSES}", markup=False)
-    if as_json:
-        print(json.dumps({**facts, "kind": kind, "out": str(out)}))
-        return
+    print(json.dumps({**facts, "kind": kind, "out": str(out)}) if as_json else _built(out, facts))
+
+
+def _needs(corpus: Path, needs: Estimate) -> list[str]:
+    """What a build will need, and what speaks against it, in lines."""
+    from rexrag.retrieval.index.estimate import size_text
+
+    scratch = f" (and {size_text(needs.scratch)} while it is built)" if needs.scratch else ""
+    return [
+        f"{corpus}: about {needs.documents:,} passages. Will need about {size_text(needs.disk)} of disk{scratch}, "
+        f"{size_text(needs.free_disk)} are free.",
+        *(f"warning: {warning}" for warning in needs.warnings),
+    ]
+
+
+def _built(out: Path, facts: dict[str, Any]) -> str:
+    from rexrag.retrieval.index.estimate import size_text
+
     size = size_text(facts["bytes"])
-    print(
-        f"{facts['documents']:,} documents indexed in {facts['seconds']} s, {size}: {out}"
-        + (f"; finds {recall:.3f} of the ten best passages (64 sampled queries)" if "recall" in facts else "")
-    )
+    done = f"{facts['documents']:,} documents indexed in {facts['seconds']} s, {size}: {out}"
+    if "recall" not in facts:
+        return done
+    return f"{done}; finds {facts['recall']:.3f} of the ten best passages (64 sampled queries)"
 
 
 @index_app.command("check")

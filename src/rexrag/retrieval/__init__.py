@@ -2,13 +2,12 @@
 
 | module | what |
 |---|---|
-| `base` | the `Retriever` protocol; a retriever as a ranker of places and the documents at them |
-| `corpus`, `documents` | reading `corpus.jsonl`, its digest; passages in a mapped file |
-| `bm25`, `disk`, `fast` | BM25 in memory (bm25s), on disk (tantivy), approximate (Seismic) |
-| `encoder`, `dense` | texts to vectors; exact and approximate search of them |
-| `fusion` | reciprocal rank fusion |
-| `index`, `build`, `plan` | the index folder: opened, built, and what building it will need |
-| `service`, `batching`, `metrics`, `client` | both ends of the HTTP protocol |
+| `base` | the `Retriever` protocol, and a retriever made of a ranker and the documents that it ranks |
+| `corpus` | reading `corpus.jsonl`; the digest of a corpus |
+| `batching` | queries of many callers searched together |
+| `rankers/` | BM25, vectors, and both fused |
+| `index/` | index folders: built, opened, checked |
+| `http/` | the `/retrieve` service and its client |
 """
 
 from __future__ import annotations

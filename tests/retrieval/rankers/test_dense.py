@@ -121,7 +121,7 @@ def test_approximate_search_is_near_exact_and_opens_mapped(
     options: DenseOptions, recall: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     vectors, queries = random_vectors(3000), random_vectors(50, seed=1)
-    settled = options.settled(len(vectors), 32)
+    settled = options.resolved(len(vectors), 32)
     build_vectors(tmp_path, lambda start: map(str, range(start, 3000)), 3000, Vectors(vectors))  # type: ignore[arg-type]
     build_ann(tmp_path, settled)
     tidy(tmp_path, settled)
@@ -165,7 +165,7 @@ def test_a_killed_graph_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if done == 400:
             raise KeyboardInterrupt
 
-    options = DenseOptions("hnsw").settled(500, 32)
+    options = DenseOptions("hnsw").resolved(500, 32)
     with pytest.raises(KeyboardInterrupt):
         build_ann(tmp_path, options, stop)
     build_ann(tmp_path, options, seen.append)
@@ -283,7 +283,7 @@ def test_recall_on_real_passages(
     queries = encoder.queries([json.loads(row)["question"] for row in rows])
     build_vectors(tmp_path, lambda start: texts[start:], len(texts), encoder)
     vectors = np.load(tmp_path / "vectors.npy")
-    options = DenseOptions(ann).settled(len(texts), encoder.card.dimension)
+    options = DenseOptions(ann).resolved(len(texts), encoder.card.dimension)
     build_ann(tmp_path, options)
     ours, truth = (
         DenseRanker(tmp_path, encoder, options).nearest(queries, 10),

@@ -69,6 +69,16 @@ class Limits:
     cache_bytes: int = 64 * 2**20
     """Memory of the cache of answers; 0 keeps none."""
 
+    @property
+    def bounds(self) -> Bounds:
+        """Those of the queries that wait."""
+        return Bounds(
+            batch=self.batch,
+            waiting=self.waiting,
+            waiting_characters=self.waiting_characters,
+            cache_bytes=self.cache_bytes,
+        )
+
     def broken_by(self, queries: Sequence[str], topk: int) -> str:
         """What a request asks for too much, in words; empty where it is within the limits."""
         if len(queries) > self.queries:
@@ -110,13 +120,7 @@ def create_app(
     """
     limits = limits or Limits()
     metrics = Metrics()
-    bounds = Bounds(
-        batch=limits.batch,
-        waiting=limits.waiting,
-        waiting_characters=limits.waiting_characters,
-        cache_bytes=limits.cache_bytes,
-    )
-    batched = BatchedSearch(retriever, bounds, metrics)
+    batched = BatchedSearch(retriever, limits.bounds, metrics)
     # Redirects would be made of the Host header, which the client writes.
     app = FastAPI(
         title="rexrag retriever", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
@@ -126,11 +130,7 @@ def create_app(
         Guard, host=host, token=token, body_bytes=limits.body_bytes, bodies=bodies, metrics=metrics
     )
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return refusal(422, f"{where}: {first['msg']}")
+    app.exception_handler(RequestValidationError)(_invalid)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -162,6 +162,12 @@ def create_app(
 
     app.state.stop = stop
     return app
+
+
+async def _invalid(request: Request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return refusal(422, f"{where}: {first['msg']}")
 
 
 async def _answer(

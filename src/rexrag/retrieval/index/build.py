@@ -1,8 +1,8 @@
 """Building an index folder from a corpus file: streamed, with progress, and resumed after a kill.
 
-Work goes on in `OUT.partial`, which becomes `OUT` when all is there. Its `build.json` names corpus, options
-and the stages that are finished; the same command goes on with the first one that is not. tantivy and the
-encoder also go on inside a stage, from their last commit.
+The work is done in `OUT.partial`, which is renamed to `OUT` when it is whole. Its `build.json` names corpus,
+options and the finished stages; the same command goes on with the first unfinished one. tantivy and the encoder
+also go on inside a stage, from their last commit.
 
 | stage | kinds | memory |
 |---|---|---|
@@ -47,7 +47,7 @@ DISK_FULL = ("No space left on device", "Disk quota exceeded", "os error 28", "o
 
 
 class Progress(Protocol):
-    """Hears how far a stage is; `total` is an estimate in the first stage."""
+    """Called with how far a stage is; `total` is an estimate in the first stage."""
 
     def __call__(self, stage: str, done: int, total: int) -> None: ...
 
@@ -126,7 +126,7 @@ def build_index(
             len(stored),
             whole or recorded[options.kind],
             lambda done, files: tell("checking", done, files),
-            aside=(STATE,),
+            leave_out=(STATE,),
         )
         replace_folder(partial, out)
         (out / STATE).unlink(missing_ok=True)  # last: until then the same command goes on
@@ -179,7 +179,7 @@ def _dense(
     encoder = Encoder(
         options.encoder, query_prefix=options.query_prefix, passage_prefix=options.passage_prefix
     )
-    dense = DenseOptions(**options.dense).settled(len(stored), encoder.card.dimension)
+    dense = DenseOptions(**options.dense).resolved(len(stored), encoder.card.dimension)
     card = asdict(encoder.card)
     if state.setdefault("encoder", card) != card:
         raise IndexFolderError(

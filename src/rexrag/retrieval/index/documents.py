@@ -80,11 +80,11 @@ def write_documents(
     if not hashes:
         raise DataError("the corpus is empty; expected one JSON object a line", file=file)
     np.save(folder / OFFSETS, np.frombuffer(offsets, dtype=np.int64), allow_pickle=False)
-    _refuse_twins(np.frombuffer(hashes, dtype=np.uint64), StoredDocuments(folder), file)
+    _refuse_duplicates(np.frombuffer(hashes, dtype=np.uint64), StoredDocuments(folder), file)
     return digest
 
 
-def _refuse_twins(hashes: NDArray[np.uint64], documents: StoredDocuments, file: object) -> None:
+def _refuse_duplicates(hashes: NDArray[np.uint64], documents: StoredDocuments, file: object) -> None:
     order = np.argsort(hashes, kind="stable")
     suspects = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
     seen: dict[str, int] = {}

@@ -102,7 +102,7 @@ def _dense(documents: int, options: BuildOptions) -> tuple[float, float, float]:
     from rexrag.retrieval.rankers.encoder import Encoder
 
     dimension = Encoder(options.encoder).card.dimension
-    dense = DenseOptions(**options.dense).settled(documents, dimension)
+    dense = DenseOptions(**options.dense).resolved(documents, dimension)
     vectors = 4.0 * documents * dimension
     ann = {
         "flat": 0.0,

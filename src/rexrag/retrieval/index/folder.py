@@ -63,14 +63,15 @@ def write_manifest(
     documents: int,
     options: Mapping[str, Any],
     counted: Callable[[int, int], None] = lambda done, files: None,
-    aside: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
 ) -> None:
-    """The last file of an index folder; lists every other one. `counted` hears how many have been read.
+    """Write the manifest, which lists every other file; it is written last.
 
-    aside: names of files that are no part of the index.
+    counted: called with the number of files that are read and of all. leave_out: names of files that are no
+    part of the index.
     """
-    left_out = {MANIFEST, *aside}
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in left_out)
+    skipped = {MANIFEST, *leave_out}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in skipped)
     listed = {}
     for done, file in enumerate(files):
         counted(done, len(files))

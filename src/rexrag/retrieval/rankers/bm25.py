@@ -27,7 +27,7 @@ from rexrag.retrieval.rankers.bm25s_alone import STOPWORDS_EN, bm25s
 from rexrag.types import Document
 
 BLOCK = 256
-"""Scores whose best one is looked at first: most blocks hold nothing that can be among the k best."""
+"""Scores in a block: `best_places` looks at the maximum of each block first, and skips most blocks."""
 SPACED, UNSPACED = "fold-en-1", "fold-en-2"
 """Word splitters: UNSPACED also cuts scripts without spaces. A corpus without such a script is split alike by
 both, and its index keeps the older name."""
@@ -100,9 +100,9 @@ class BM25Ranker:
     def build(
         cls, texts: Iterable[str], options: BM25Options, counted: Callable[[int], None] | None = None
     ) -> BM25Ranker:
-        """Index texts; `counted` hears how many are split so far. Raises DataError where there is no word.
+        """Index texts. `counted` is called with the number of texts that are split so far.
 
-        Of the texts only their word numbers are kept.
+        Only the word numbers of a text are kept in memory. Raises DataError where there is no word at all.
         """
         # Numbers go by first appearance, so that the same corpus gives the same files on every machine.
         vocabulary: dict[str, int] = {}
@@ -156,7 +156,7 @@ def best_places(scores: NDArray[np.float32], topk: int) -> list[int]:
     border = np.float32(0)
     if blocks >= topk:
         # The k best blocks hold k scores of at least the k-th block's best one, so lower ones cannot matter.
-        # Equal scores at the border stay in, so that ties are settled by place, not by chance.
+        # Scores equal to the lowest one stay in, so that ties are ordered by place, not by chance.
         # A block is every `blocks`-th place: the maximum over rows is three times as fast as along them.
         best = scores[: blocks * BLOCK].reshape(BLOCK, blocks).max(0)
         border = np.partition(best, blocks - topk)[blocks - topk]

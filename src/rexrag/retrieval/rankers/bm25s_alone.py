@@ -1,7 +1,7 @@
 """bm25s, imported as if JAX were not there.
 
-Where JAX is installed, bm25s starts it on import, to sort scores with; and JAX takes three quarters of a
-GPU's memory as it starts, which the policy then lacks. Scores are sorted with numpy here.
+Where JAX is installed, bm25s imports it to sort scores, and JAX reserves three quarters of a GPU's memory,
+which the policy then lacks. Scores are sorted with numpy here.
 """
 
 from __future__ import annotations

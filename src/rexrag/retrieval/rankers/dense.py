@@ -36,24 +36,24 @@ except ImportError:
     raise ConfigError(NEEDED) from None
 
 VECTORS = "vectors.npy"
-"""float32 [N, dimension], kept where a search reads it."""
+"""float32 [N, dimension]; removed after the build where no search reads it."""
 DONE = "vectors.done"
 ANN = "ann.faiss"
 CHUNK = 1024
-"""Passages encoded between two notes of how far the build is."""
+"""Passages encoded before progress is written down."""
 BLOCK = 100_000
 """Vectors searched or added at a time."""
 SAVE_EVERY = 1_000_000
 """Vectors added between two saves of an unfinished approximate index."""
 FEWEST_TRAINED = 256
-"""A byte of product quantisation has this many centroids, and each needs a vector."""
+"""Vectors that ivf-pq needs: one for each of the 256 centroids of a code byte."""
 WELL_TRAINED = 39 * FEWEST_TRAINED
-"""With fewer vectors a centroid, faiss calls codes poor."""
+"""faiss calls codes poor that were learned from fewer than 39 vectors a centroid."""
 
 
 @dataclass(frozen=True, slots=True)
 class DenseOptions:
-    """How vectors are searched. 0 takes the default for the size of the corpus (`settled`)."""
+    """How vectors are searched. 0 takes the default for the size of the corpus (`resolved`)."""
 
     ann: str = "flat"
     links: int = 32
@@ -79,7 +79,7 @@ class DenseOptions:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")
 
-    def settled(self, documents: int, dimension: int) -> DenseOptions:
+    def resolved(self, documents: int, dimension: int) -> DenseOptions:
         """The same with every 0 replaced. Raises ConfigError where the corpus is too small."""
         if self.ann == "flat":
             return self
@@ -191,7 +191,7 @@ def build_vectors(
 
 
 def build_ann(folder: Path, options: DenseOptions, counted: Callable[[int], None] | None = None) -> None:
-    """Index the vectors of a folder as `options` (settled) ask; goes on after a kill."""
+    """Index the vectors of a folder by `options` (resolved); goes on after a kill."""
     if options.ann != "flat":
         vectors = open_vectors(folder)
         partial = folder / f"{ANN}.partial"
@@ -211,7 +211,7 @@ def build_ann(folder: Path, options: DenseOptions, counted: Callable[[int], None
 
 
 def tidy(folder: Path, options: DenseOptions) -> None:
-    """Remove what only the build needed. Once this began, the build of the vectors cannot go on."""
+    """Remove the files that only the build needed."""
     if not options.keeps_vectors:
         (folder / VECTORS).unlink(missing_ok=True)
     (folder / DONE).unlink(missing_ok=True)
@@ -226,9 +226,9 @@ def _train(vectors: NDArray[np.float32], options: DenseOptions) -> Any:
     index = faiss.index_factory(
         dimension, f"IVF{options.lists},PQ{options.code_bytes}", faiss.METRIC_INNER_PRODUCT
     )
-    # It reorders centroids for a Hamming filter that no search here uses, and takes most of the training.
+    # Polysemous training orders centroids for a Hamming filter, which no search here uses; it is slow.
     index.do_polysemous_training = False
-    # faiss would warn once a byte of code that few vectors make poor codes; the plan says so once.
+    # faiss would warn for each byte of code that few vectors make poor codes; `estimate` says so once.
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
     count = options.trained_on(len(vectors))
     sample = np.sort(np.random.default_rng(0).choice(len(vectors), count, replace=False))
@@ -243,7 +243,7 @@ def _write(index: Any, path: Path) -> None:
 
 
 def _open_ann(path: Path, options: DenseOptions) -> Any:
-    # Two names for one wish: the lists of an IVF are mapped by one flag, graph and vectors by the other.
+    # faiss has a flag that maps the lists of an IVF, and another that maps an HNSW's graph and vectors.
     flag = faiss.IO_FLAG_MMAP if options.ann == "ivf-pq" else faiss.IO_FLAG_MMAP_IFC
     index = faiss.read_index(str(path), flag)
     if options.ann == "ivf-pq":

@@ -106,7 +106,7 @@ class Encoder:
     def _encode(self, texts: list[str]) -> NDArray[np.float32]:
         if not texts:
             return np.zeros((0, self.card.dimension), np.float32)
-        # The tokenizer's padding is state, so two threads at once would trip over each other.
+        # The tokenizer keeps its padding as state, so only one thread may encode.
         with self._lock:
             vectors = self.model.encode(
                 texts,

@@ -4,9 +4,9 @@ BM25 is the product of two sparse vectors with a value for each word, the formul
 
     passage: tf / (tf + k1·(1 − b + b·|d| / avg |d|))      query: tf · log(1 + (N − df + 0.5) / (df + 0.5))
 
-Of each word's passages those with the highest values are kept, in blocks of similar ones that have a summary
-each. A search follows the query's heaviest words and skips blocks whose summary promises too little. What it
-looks at gets its whole score, in half precision; some of the best passages are never looked at
+For each word the passages with the highest values are kept, in blocks of similar passages with a summary each.
+A search reads the lists of the query's heaviest words and skips blocks whose summary scores too low. The
+passages of the other blocks get their full score, in half precision. Some of the best passages are missed
 (`benchmarks/retrieve.py` measures the recall). The index is read into memory, not mapped.
 """
 
@@ -38,7 +38,7 @@ except ImportError:
 VECTORS, WORDS, WEIGHTS = "fast", "fast.words.json", "fast.weights.npy"
 """Seismic's file (it adds `.index.seismic`), the words, what each counts in a query (float32 [V])."""
 TIES = 2
-"""Further hits that are asked for, so that equal passages at the border are settled by place."""
+"""Further hits that are asked for, so that ties at the last place are ordered by place in the corpus."""
 CHUNK = 10_000
 """Passages handed to Seismic at once."""
 SAMPLES, SAMPLED_WORDS, SAMPLED_TOP = 64, 5, 10
@@ -51,18 +51,18 @@ Asked = tuple[int, list[int], list[float]]
 
 @dataclass(frozen=True, slots=True)
 class FastOptions:
-    """What is kept and how far a search goes: recall against memory and time. All are above 0."""
+    """Recall against memory and time; Seismic's own names in brackets. All are above 0."""
 
     kept: int = 1500
-    """Passages a word is followed to: those in which it weighs most."""
+    """Passages in a word's list: those in which it weighs most [n_postings]."""
     blocks: float = 0.006
-    """Blocks of similar passages for each passage that a word keeps."""
+    """Blocks of similar passages, as a share of the passages in a list [centroid_fraction]."""
     summary: float = 0.1
-    """Share of its weight that the summary of a block holds."""
+    """Share of its weight that the summary of a block holds [summary_energy]."""
     followed: int = 5
-    """Words of a query that are followed, the rarest first; the others count in scores all the same."""
+    """Words of a query whose lists are searched, the heaviest first; the others count in scores [query_cut]."""
     promise: float = 0.7
-    """A block is looked at where its summary promises this share of the k-th best score so far."""
+    """A block is scored where its summary reaches this share of the k-th best score so far [heap_factor]."""
 
 
 class SeismicRanker:
@@ -244,7 +244,7 @@ def _classes(words: int) -> tuple[Any, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Seismic writes about its work to stdout, past Python; that belongs to the answer of a command."""
+    """Seismic prints progress to file descriptor 1, where a command prints its result; this discards it."""
     kept = os.dup(1)
     nothing = os.open(os.devnull, os.O_WRONLY)
     try:

@@ -1,8 +1,8 @@
 """BM25 on disk by tantivy: postings stay in mapped files, so memory does not grow with the corpus.
 
-The words are those of `bm25.split_words`, handed over ready made, and the formula is the same with k1 = 1.2
-and b = 0.75, which tantivy does not let one change. One thing differs: tantivy keeps the length of a document
-in one byte, so scores are a little off and near ties may swap (`benchmarks/retrieve.py` measures the recall).
+The words are those of `bm25.split_words`. The formula is the same, with k1 = 1.2 and b = 0.75, which tantivy
+fixes. tantivy keeps the length of a document in one byte, so scores differ a little and near ties may swap
+(`benchmarks/retrieve.py` measures the recall).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from rexrag.retrieval.rankers.bm25 import SPACED, split_words
 
 FOLDER = "tantivy"
 HEAP_BYTES = 128_000_000
-"""What the writer collects before it writes a piece to disk."""
+"""Memory of the writer before it writes a segment to disk."""
 TIES, MOST_TIES = 64, 4096
-"""Further hits that are fetched so that ties at the border are settled by place; more where they tie too."""
+"""Further hits that are fetched, so that ties at the last one are ordered by place; at most MOST_TIES."""
 COMMIT_EVERY = 100_000
 """Documents between two commits: what a kill can cost."""
 
@@ -68,7 +68,7 @@ class TantivyRanker:
         margin = TIES
         while True:
             hits = self._hits(wanted, min(topk + margin, len(self)))
-            # Which of equal documents tantivy drops at the border depends on how its pieces were merged.
+            # Which of equal documents tantivy leaves out depends on how its segments were merged.
             if len(hits) < topk + margin or hits[topk - 1][1] > hits[-1][1] or margin > MOST_TIES:
                 return hits[:topk]
             margin *= 8
