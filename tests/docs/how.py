@@ -103,6 +103,7 @@ HOW: dict[str, Run | str] = {
     "rexrag train quickstart --set agent.cues=examples/cue_pool.txt --out runs/mine": Run(SMALL),
     "rexrag index build corpus.jsonl --out indexes/wiki": Run(swaps=(("indexes/wiki", "indexes/again"),)),
     'rexrag retrieve "capital of France" --index indexes/wiki -k 5': Run(),
+    "rexrag index check indexes/wiki": Run(),
     "rexrag serve indexes/wiki": Run("--port 0", serves=True),
     "rexrag index build corpus.jsonl --out indexes/disk --kind bm25-disk": Run(),
     "rexrag index build corpus.jsonl --out indexes/e5 --kind dense --encoder intfloat/e5-base-v2 --ann hnsw": MODEL,
@@ -119,7 +120,7 @@ HOW: dict[str, Run | str] = {
     "rexrag train mine.toml --set retriever.kind=remote --set retriever.url=http://127.0.0.1:8000": Run(
         OWN + " --out runs/remote", asks=True
     ),
-    "REXRAG_RETRIEVER_TOKEN=secret rexrag serve indexes/wiki --host 0.0.0.0": OTHER_ADDRESS,
+    "REXRAG_RETRIEVER_TOKEN=a-long-secret-of-your-own rexrag serve indexes/wiki --host 0.0.0.0": OTHER_ADDRESS,
     "python -m vllm.entrypoints.openai.api_server --model models/trained --dtype float32 --max-model-len 1024 --port 8011": OTHER,
     "rexrag eval quickstart --policy http://127.0.0.1:8011/v1 --tokenizer models/trained": SERVER,
     "rexrag eval --policy runs/quickstart --strategy agent,reflect,direct": Run(FEW),

@@ -150,8 +150,8 @@ def _needs(corpus: Path, needs: Estimate) -> list[str]:
 
     scratch = f" (and {size_text(needs.scratch)} while it is built)" if needs.scratch else ""
     return [
-        f"{corpus}: about {needs.documents:,} passages. Will need about {size_text(needs.disk)} of disk{scratch}, "
-        f"{size_text(needs.free_disk)} are free.",
+        f"{corpus}: about {needs.documents:,} passages. Will need about {size_text(needs.disk)} of disk"
+        f"{scratch}, {size_text(needs.free_disk)} are free.",
         *(f"warning: {warning}" for warning in needs.warnings),
     ]
 

@@ -1,8 +1,8 @@
 """Building an index folder from a corpus file: streamed, with progress, and resumed after a kill.
 
 The work is done in `OUT.partial`, which is renamed to `OUT` when it is whole. Its `build.json` names corpus,
-options and the finished stages; the same command goes on with the first unfinished one. tantivy and the encoder
-also go on inside a stage, from their last commit.
+options and the finished stages; the same command goes on with the first unfinished one. tantivy and the
+encoder also go on inside a stage, from their last commit.
 
 | stage | kinds | memory |
 |---|---|---|

@@ -4,10 +4,10 @@ BM25 is the product of two sparse vectors with a value for each word, the formul
 
     passage: tf / (tf + k1·(1 − b + b·|d| / avg |d|))      query: tf · log(1 + (N − df + 0.5) / (df + 0.5))
 
-For each word the passages with the highest values are kept, in blocks of similar passages with a summary each.
-A search reads the lists of the query's heaviest words and skips blocks whose summary scores too low. The
-passages of the other blocks get their full score, in half precision. Some of the best passages are missed
-(`benchmarks/retrieve.py` measures the recall). The index is read into memory, not mapped.
+For each word the passages with the highest values are kept, in blocks of similar passages with a summary
+each. A search reads the lists of the query's heaviest words and skips blocks whose summary scores too low.
+The passages of the other blocks get their full score, in half precision. Some of the best passages are
+missed (`benchmarks/retrieve.py` measures the recall). The index is read into memory, not mapped.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class FastOptions:
     summary: float = 0.1
     """Share of its weight that the summary of a block holds [summary_energy]."""
     followed: int = 5
-    """Words of a query whose lists are searched, the heaviest first; the others count in scores [query_cut]."""
+    """Words of a query whose lists are searched, heaviest first; others only count in scores [query_cut]."""
     promise: float = 0.7
     """A block is scored where its summary reaches this share of the k-th best score so far [heap_factor]."""
 
