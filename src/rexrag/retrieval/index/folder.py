@@ -16,6 +16,7 @@ them is code.
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -75,6 +76,7 @@ def write_manifest(
     listed = {}
     for done, file in enumerate(files):
         counted(done, len(files))
+        _sync(file)
         listed[str(file.relative_to(folder))] = {
             "bytes": file.stat().st_size,
             "sha256": sha256_file(file),
@@ -96,6 +98,12 @@ def write_manifest(
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """Hex SHA-256 of a manifest's other fields, kept in its field `sha256`."""
     return sha256_rows([{name: value for name, value in manifest.items() if name != "sha256"}])
+
+
+def _sync(file: Path) -> None:
+    """On the disk before the manifest says that it is there; the libraries do not see to that."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def crc32_file(path: Path) -> int:
