@@ -268,6 +268,20 @@ def test_batches_are_bounded_in_characters() -> None:
     assert [[query[0] for query in call] for call in slow.calls] == [["a"], ["b", "c"], ["d"]]
 
 
+def test_one_search_after_the_other_never_waits_for_nobody() -> None:
+    """Each begins as the one before it ends, when its worker is about to end too."""
+    import asyncio
+
+    async def main() -> int:
+        search = BatchedSearch(Slow(0))
+        for number in range(200):
+            await asyncio.wait_for(search.one(f"q{number}", 1), 20)
+            await asyncio.gather(*(asyncio.sleep(0) for _ in range(number % 4)))
+        return len(search._workers)
+
+    assert asyncio.run(main()) <= 1
+
+
 def test_threads_share_searches() -> None:
     slow = Slow(0.1)
     search = BatchedSearch(slow)

@@ -322,7 +322,8 @@ def test_rollouts_share_the_endpoint_and_the_retriever():
         episodes, _ = roll(policy_at(url, concurrency=8), questions, retriever)
     assert all(episode.rollout().answer == "Oslo" for episode in episodes)
     assert 2 <= server.most_at_once <= 8
-    assert sum(len(queries) for queries, _ in retriever.calls) == 16
+    # All ask the same; those that wait for it together share a search.
+    assert sum(len(queries) for queries, _ in retriever.calls) <= 16
 
 
 def test_seeds_differ_between_rollouts_and_turns_and_come_again():

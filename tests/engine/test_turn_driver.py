@@ -11,9 +11,9 @@ import pytest
 
 from rexrag.agent.episode import Episode
 from rexrag.config.schema import AgentConfig, RetrieverConfig
-from rexrag.engine.batched_search import BatchedSearch
 from rexrag.engine.turn_driver import drive
 from rexrag.errors import ModelError, RetrievalError
+from rexrag.retrieval.batching import BatchedSearch, Bounds
 from rexrag.retrieval.http.client import RemoteRetriever
 from rexrag.types import Question
 from rexrag.verl.launch import serving
@@ -41,15 +41,17 @@ class Slow(FakeRetriever):
 
 def ask(search, queries, topk=2):
     async def all_of_them():
-        return await asyncio.gather(*(search.search(query, topk) for query in queries))
+        return await asyncio.gather(*(search.one(query, topk) for query in queries))
 
     return asyncio.run(all_of_them())
 
 
 def test_every_query_gets_its_own_answer_in_few_requests():
     retriever = Slow()
-    queries = [list(PASSAGES)[i % 4] for i in range(100)]
-    answers = ask(BatchedSearch(retriever, batch=40, connections=2), queries)
+    for i in range(100):
+        retriever.answers[f"city {i}"] = [document(f"city {i}", "a city")]
+    queries = [f"city {i // 2}" for i in range(200)]  # each is asked twice, and searched once
+    answers = ask(BatchedSearch(retriever, Bounds(batch=40, searches=2)), queries)
     assert [[d.id for d in answer] for answer in answers] == [[query] for query in queries]
     assert sum(len(queries) for queries, _ in retriever.calls) == 100
     assert len(retriever.calls) <= 6 and max(len(queries) for queries, _ in retriever.calls) <= 40
@@ -58,7 +60,7 @@ def test_every_query_gets_its_own_answer_in_few_requests():
 
 def test_connections_work_side_by_side():
     retriever = Slow(0.05)
-    ask(BatchedSearch(retriever, batch=1, connections=4), ["oslo"] * 8)
+    ask(BatchedSearch(retriever, Bounds(batch=1, searches=4)), [f"oslo {i}" for i in range(8)])
     assert retriever.most == 4 and len(retriever.calls) == 8
 
 
@@ -67,7 +69,7 @@ def test_different_depths_are_different_requests():
     search = BatchedSearch(retriever)
 
     async def both():
-        return await asyncio.gather(search.search("oslo", 1), search.search("oslo", 2))
+        return await asyncio.gather(search.one("oslo", 1), search.one("oslo", 2))
 
     asyncio.run(both())
     assert sorted(topk for _, topk in retriever.calls) == [1, 2]
@@ -75,13 +77,11 @@ def test_different_depths_are_different_requests():
 
 def test_a_failure_reaches_those_who_asked_and_nobody_else():
     retriever = FakeRetriever(PASSAGES, failures=1)
-    search = BatchedSearch(retriever, connections=1)
+    search = BatchedSearch(retriever, Bounds(searches=1))
 
     async def twice():
-        first = await asyncio.gather(
-            search.search("oslo", 1), search.search("rome", 1), return_exceptions=True
-        )
-        return first, await search.search("rome", 1)
+        first = await asyncio.gather(search.one("oslo", 1), search.one("rome", 1), return_exceptions=True)
+        return first, await search.one("rome", 1)
 
     first, second = asyncio.run(twice())
     assert all(isinstance(error, RetrievalError) for error in first)
@@ -119,7 +119,7 @@ def run_episodes(search, cities):
 def test_what_follows_an_action_is_dropped():
     said: list[int] = []
     episode = Episode(Question("q", "where is oslo", ("oslo",)), CharCodec(), AGENT, 1)
-    asyncio.run(drive(episode, scripted("oslo", said), BatchedSearch(FakeRetriever(PASSAGES)).search))
+    asyncio.run(drive(episode, scripted("oslo", said), BatchedSearch(FakeRetriever(PASSAGES)).one))
     rollout = episode.rollout()
     assert rollout.em == 1.0 and "and so on" not in rollout.text and len(said) == 3
     assert [turn.action for turn in rollout.turns] == ["search", "search", "answer"]
@@ -131,14 +131,14 @@ def test_an_engine_that_says_nothing_is_an_error():
 
     episode = Episode(Question("q", "where is oslo", ("oslo",)), CharCodec(), AGENT, 1)
     with pytest.raises(ModelError, match="sampled nothing"):
-        asyncio.run(drive(episode, nothing, BatchedSearch(FakeRetriever()).search))
+        asyncio.run(drive(episode, nothing, BatchedSearch(FakeRetriever()).one))
 
 
 @pytest.mark.parametrize("away", [2.0, pytest.param(30.0, marks=pytest.mark.slow)])
 def test_a_retriever_that_dies_in_the_middle_delays_and_loses_nothing(away):
     """The real service, the real client with its default patience; down after the first answers."""
     cities = [list(PASSAGES)[i % 4] for i in range(12)]
-    expected = run_episodes(BatchedSearch(FakeRetriever(PASSAGES)).search, cities)
+    expected = run_episodes(BatchedSearch(FakeRetriever(PASSAGES)).one, cities)
     first, stack = FakeRetriever(PASSAGES), ExitStack()
     url = stack.enter_context(serving(first))
     port = int(url.rsplit(":", 1)[1].split("/")[0])
@@ -162,7 +162,7 @@ def test_a_retriever_that_dies_in_the_middle_delays_and_loses_nothing(away):
     thread.start()
     start = time.monotonic()
     with AfterTheDeath(url, retries=RetrieverConfig().retries) as retriever:
-        rollouts = run_episodes(BatchedSearch(retriever, 64, 4).search, cities)
+        rollouts = run_episodes(BatchedSearch(retriever, Bounds(batch=64, searches=4)).one, cities)
     thread.join()
     stack.close()
     assert time.monotonic() - start >= away

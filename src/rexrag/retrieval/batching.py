@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import cast
 
 from cachetools import LRUCache
 
@@ -139,6 +140,11 @@ class BatchedSearch:
                 if not job.callers and job.waits:
                     self._give_up(job)
 
+    async def one(self, query: str, topk: int) -> list[Document]:
+        """The documents of one query: `search` as an episode calls it."""
+        [found] = await self.search([query], topk)
+        return found
+
     def stop(self, seconds: float) -> None:
         """Take no more queries; those that wait fail with Stopped, those being searched after `seconds`."""
         self._stopped = True
@@ -167,15 +173,15 @@ class BatchedSearch:
         self._lines.append(line)
         self._count(len(new), characters)
         if len(self._workers) < self.bounds.searches:
-            worker = asyncio.create_task(self._work())
-            self._workers.add(worker)
-            worker.add_done_callback(self._workers.discard)
+            self._workers.add(asyncio.create_task(self._work()))
 
     async def _work(self) -> None:
         while True:
             await asyncio.sleep(0)  # callers that are ready now come along
             jobs = self._next()
             if not jobs:
+                # Here, not in a callback of the task: a caller that comes before that would wait for ever.
+                self._workers.discard(cast("asyncio.Task[None]", asyncio.current_task()))
                 return
             begun = time.perf_counter()
             try:

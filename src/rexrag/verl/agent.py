@@ -75,7 +75,7 @@ class RexragLoop(AgentLoopBase):  # type: ignore[misc]
             return said.token_ids, said.log_probs
 
         episode = fork or Episode(question_of(extra_info), parts.codec, config.agent, config.retriever.topk)
-        searching = await drive(episode, generate, parts.search.search)
+        searching = await drive(episode, generate, parts.search.one)
         rollout = episode.rollout()
         # `acc` is the name under which verl reports accuracy; `place` brings evaluations back into order.
         scores = {**numbers(scored_rollout(rollout)), "acc": rollout.em, "place": float(extra_info["index"])}

@@ -9,11 +9,11 @@ from functools import cache
 from rexrag.agent.codec import HFCodec, load_codec
 from rexrag.config.files import parse_config
 from rexrag.config.schema import Config
-from rexrag.engine.batched_search import BatchedSearch
 from rexrag.engine.loading import resolve
 from rexrag.method.cues import CueTrie
 from rexrag.method.dead_ends import Judge
 from rexrag.retrieval import make_retriever
+from rexrag.retrieval.batching import BatchedSearch, Bounds
 from rexrag.training.components import dead_end_judge, load_cues
 
 
@@ -35,6 +35,8 @@ def worker_context(toml: str) -> WorkerContext:
     config = parse_config(tomllib.loads(toml))
     codec = load_codec(resolve(config.policy.path))
     verl = config.verl
-    search = BatchedSearch(make_retriever(config.retriever), verl.search_batch, verl.search_connections)
+    search = BatchedSearch(
+        make_retriever(config.retriever), Bounds(batch=verl.search_batch, searches=verl.search_connections)
+    )
     judge = dead_end_judge(config, None)
     return WorkerContext(config, codec, load_cues(config, codec), search, judge)

@@ -21,12 +21,12 @@ from torch import Tensor
 from rexrag.agent.codec import load_codec
 from rexrag.agent.episode import Codec, Episode
 from rexrag.agent.protocols.tags import neutralise
-from rexrag.engine.batched_search import BatchedSearch
 from rexrag.engine.endpoint.client import STOPS, Completion, CompletionClient
 from rexrag.engine.turn_driver import Search, drive
 from rexrag.errors import ConfigError, EndpointError, ModelError, RetrievalError
 from rexrag.io import brief
 from rexrag.retrieval.base import Retriever
+from rexrag.retrieval.batching import BatchedSearch, Bounds
 from rexrag.types import Origin
 
 CONCURRENCY = 16
@@ -159,7 +159,7 @@ class EndpointSession:
         self, episodes: Sequence[tuple[Episode, str]], retriever: Retriever, temperature: float
     ) -> None:
         # One request to the retriever at a time: not every retriever may be called from several threads.
-        search = BatchedSearch(retriever, connections=1).search
+        search = BatchedSearch(retriever, Bounds(searches=1)).one
         places = asyncio.Semaphore(self.policy.concurrency)
         pool = ThreadPoolExecutor(self.policy.concurrency)
         try:
