@@ -10,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -107,6 +106,7 @@ class BatchedSearch:
         self._lines: deque[_Line] = deque()
         self._waiting = self._characters = 0
         self._workers: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(self.bounds.searches, thread_name_prefix="search")
         self._seconds_a_query = 0.0
         self._stopped = False
 
@@ -176,6 +176,7 @@ class BatchedSearch:
             self._workers.add(asyncio.create_task(self._work()))
 
     async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(0)  # callers that are ready now come along
             jobs = self._next()
@@ -185,7 +186,8 @@ class BatchedSearch:
                 return
             begun = time.perf_counter()
             try:
-                found = await self._in_thread([job.key[0] for job in jobs], jobs[0].key[1])
+                queries = [job.key[0] for job in jobs]
+                found = await loop.run_in_executor(self._threads, self._ask, queries, jobs[0].key[1])
             except Exception as error:
                 for job in jobs:
                     self._finish(job, error=error)
@@ -201,34 +203,12 @@ class BatchedSearch:
                     self._cache[job.key] = documents, size
                 self._finish(job, documents)
 
-    async def _in_thread(self, queries: list[str], topk: int) -> list[list[Document]]:
-        """The search itself. The thread is a daemon: a search that hangs does not keep a process alive."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[list[list[Document]]] = loop.create_future()
-
-        def tell(found: list[list[Document]] | None, error: Exception | None) -> None:
-            if done.done():
-                return  # the loop is ending
-            if error is not None:
-                done.set_exception(error)
-            else:
-                done.set_result(found or [])
-
-        def work() -> None:
-            found, failed = None, None
-            try:
-                found = self.retriever.search(queries, topk)
-                if len(found) != len(queries):
-                    raise RetrievalError(
-                        f"{len(queries)} queries, but the retriever gave {len(found)} answers"
-                    )
-            except Exception as error:
-                failed = error
-            with suppress(RuntimeError):  # the loop was closed meanwhile
-                loop.call_soon_threadsafe(tell, found, failed)
-
-        threading.Thread(target=work, name="search", daemon=True).start()
-        return await done
+    def _ask(self, queries: list[str], topk: int) -> list[list[Document]]:
+        """The search itself, in a thread."""
+        found = self.retriever.search(queries, topk)
+        if len(found) != len(queries):
+            raise RetrievalError(f"{len(queries)} queries, but the retriever gave {len(found)} answers")
+        return found
 
     def _next(self) -> list[_Job]:
         """The jobs of one search: from each line in turn, of one topk, as much as goes together."""

@@ -174,14 +174,17 @@ async def _answer(
     batched: BatchedSearch, request: Request, queries: list[str], topk: int
 ) -> list[list[Document]] | Response:
     """What is found, or why nothing is. A client that hangs up meanwhile takes its queries with it."""
-    search = asyncio.ensure_future(batched.search(queries, topk))
+    task, waits = asyncio.current_task(), True
+    assert task is not None
     # After the body nothing but a hang-up comes.
     left = asyncio.ensure_future(request.receive())
+    left.add_done_callback(lambda _: task.cancel() if waits else None)
     try:
-        await asyncio.wait({search, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not search.done():
-            return Response(status_code=CLIENT_LEFT)
-        return search.result()
+        return await batched.search(queries, topk)
+    except asyncio.CancelledError:
+        if not left.done() or task.uncancel():
+            raise  # another wants this request to end
+        return Response(status_code=CLIENT_LEFT)
     except Overloaded as error:
         return refusal(429, str(error), {"Retry-After": str(error.seconds)})
     except Stopped:
@@ -192,7 +195,7 @@ async def _answer(
         log.warning("a search failed: %s: %s", type(error).__name__, error)
         return refusal(500, f"the search failed: {type(error).__name__}")
     finally:
-        search.cancel()
+        waits = False
         left.cancel()
 
 
