@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from rexrag.agent.codec import load_codec
 from rexrag.config.schema import Config
 from rexrag.data.questions import questions_digest
@@ -21,6 +19,7 @@ from rexrag.errors import CheckpointError, ConfigError, DataError
 from rexrag.io import atomic_folder, write_json, write_jsonl
 from rexrag.retrieval import check_service, make_retriever
 from rexrag.retrieval.base import Retriever
+from rexrag.retrieval.http.connections import Server
 from rexrag.retrieval.http.service import create_app, listen
 from rexrag.training.components import Data, fit_prompts, load_cues, load_data
 from rexrag.training.loop import COUNTS, Progress, summarise, warn_of_overlap
@@ -180,7 +179,7 @@ def retriever_service(config: Config, data: Data) -> Iterator[tuple[str, str]]:
 def serving(retriever: Retriever, port: int = 0) -> Iterator[str]:
     """Serve a retriever on this machine's loopback from a thread; yields the address."""
     with listen("127.0.0.1", port) as listening:
-        server = uvicorn.Server(uvicorn.Config(create_app(retriever), log_level="warning"))
+        server = Server(create_app(retriever))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not server.started and thread.is_alive():
