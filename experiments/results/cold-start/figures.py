@@ -2,7 +2,7 @@
 
     python experiments/results/cold-start/figures.py NAME=EVALUATION_FOLDER …
 
-Writes NAME.jsonl beside this file: one row a question, without the traces.
+Writes NAME.jsonl beside this file: one row a question that all of them were asked, without the traces.
 """
 
 from __future__ import annotations
@@ -26,14 +26,23 @@ def first_turn_is_valid(trace: str) -> bool:
     return parse_action(trace[: min(ends, default=len(trace))]) is not None
 
 
+def records(folder: str) -> dict[str, dict[str, Any]]:
+    """The rows of an evaluation, by question."""
+    (file,) = Path(folder).glob("cells/*/records.jsonl")
+    rows = {}
+    for _, row in read_jsonl(file):
+        valid = first_turn_is_valid(row["trace"][0])
+        rows[row["group"]] = {key: row[key] for key in KEPT} | {"first_turn_valid": valid}
+    return rows
+
+
 def main() -> None:
-    for argument in sys.argv[1:]:
-        name, _, folder = argument.partition("=")
-        (file,) = Path(folder).glob("cells/*/records.jsonl")
-        rows: list[dict[str, Any]] = []
-        for _, row in read_jsonl(file):
-            valid = first_turn_is_valid(row["trace"][0])
-            rows.append({key: row[key] for key in KEPT} | {"first_turn_valid": valid})
+    evaluations = {name: records(folder) for name, _, folder in (a.partition("=") for a in sys.argv[1:])}
+    common = set.intersection(
+        *(set(rows) for rows in evaluations.values())
+    )  # one may have been stopped early
+    for name, found in evaluations.items():
+        rows = [row for group, row in found.items() if group in common]
         write_jsonl(HERE / f"{name}.jsonl", rows)
         n = len(rows)
         figures = {

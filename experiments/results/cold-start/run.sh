@@ -16,7 +16,7 @@ evaluate() {  # NAME TEMPLATE MODEL
 evaluate zero-search-r1 search-r1 "$model"
 evaluate zero-search-first search-first "$model"
 rexrag warmup "$here/nq.toml" "${set_data[@]}" --set "policy.path=$model" --set agent.template=search-first \
-  --from-rollouts --rounds 1 --questions 64 --rollouts 4 --out "$out/model" | tee "$here/rounds.txt"
+  --set agent.temperature=0.6 --from-rollouts --rounds 1 --questions 48 --rollouts 4 --out "$out/model" | tee "$here/rounds.txt"
 evaluate after-round-1 search-first "$out/model"
 python "$here/figures.py" zero-search-r1="$out/zero-search-r1" zero-search-first="$out/zero-search-first" \
   after-round-1="$out/after-round-1" | tee "$here/figures.jsonl"
