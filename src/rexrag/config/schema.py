@@ -102,7 +102,8 @@ class AgentConfig(Model):
     """The episode: how an agent talks, and how long."""
 
     template: str = "search-r1"
-    """Name of an instruction template in `agent/prompts.py`."""
+    """Instruction of the agent: a name (`search-r1`, `search-first`, `terse`), or your own text file
+    (`instruction.txt`) with `{question}`."""
     search_turns: Count = 5
     """B. One more turn follows in which a search is not run."""
     turn_tokens: Count = 500
@@ -186,7 +187,7 @@ class WarmupConfig(Model):
     lr: Positive = 1e-4
     """Learning rate."""
     demonstrations: Annotated[int, Field(ge=0)] = 0
-    """At most this many; 0 takes every question whose chain the rule finds."""
+    """Demonstrations at most, in a round; 0 takes all."""
     evidence_weight: Unit = 0.0
     """Weight of evidence tokens in the loss; 0 masks them."""
     recovery: Unit = 0.5
