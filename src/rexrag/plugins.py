@@ -18,6 +18,28 @@ def is_dotted(name: str) -> bool:
     return ":" in name
 
 
+_GIVEN: dict[str, Any] = {}
+"""What a caller of the Python API gave as an argument, under its dotted name."""
+
+
+def give(thing: Any) -> str:
+    """Make an object known in this process; returns the name that the configuration calls it by.
+
+    A second object of the same dotted name gets a number, so that a name always means the same object.
+    """
+    name = dotted_name(thing)
+    for number in range(2, 1_000_000):
+        if _GIVEN.setdefault(name, thing) is thing:
+            break
+        name = f"{dotted_name(thing)}#{number}"
+    return name
+
+
+def is_given(name: str) -> bool:
+    """Was this name given as an object in this process, so that nothing is imported for it?"""
+    return name in _GIVEN
+
+
 def dotted_name(thing: Any) -> str:
     """The name under which a function, class or object of a module could be found again."""
     named = thing if hasattr(thing, "__qualname__") else type(thing)
@@ -30,6 +52,8 @@ def load_plugin(name: str, key: str, parameters: int = 0, known: Collection[str]
     key: the setting that names it. parameters: how many positional arguments it must take; 0 does not look.
     known: the built-in names beside it, for the message.
     """
+    if name in _GIVEN:
+        return _GIVEN[name]
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
         close = difflib.get_close_matches(name, list(known), n=1)

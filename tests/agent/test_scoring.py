@@ -7,6 +7,7 @@ import pytest
 from rexrag.agent.scoring import Scoring
 from rexrag.config.schema import AgentConfig
 from rexrag.errors import PluginError
+from rexrag.plugins import give
 from rexrag.types import Question
 from tests.support import plugins
 from tests.support.rollouts import P, rollout
@@ -15,9 +16,11 @@ HERE = "tests.support.plugins"
 QUESTION = Question("q", "Who?", ("Madison",))
 
 
-def scored(answer, *arguments, **settings):
+def scored(answer, reward=None, judge=None, /, **settings):
     made = replace(rollout([P] * 3, answer=answer), question=QUESTION)
-    return Scoring.of(AgentConfig(**settings), *arguments).scored(made)
+    given = {"reward": reward and give(reward), "answer_judge": judge and give(judge)}
+    named = {key: name for key, name in given.items() if name}
+    return Scoring.of(AgentConfig(**settings | named)).scored(made)
 
 
 @pytest.mark.parametrize(

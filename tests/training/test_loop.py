@@ -13,8 +13,9 @@ from rexrag.config.files import load_config, parse_config
 from rexrag.errors import CheckpointError, DataError, RunFolderError, TrainingError
 from rexrag.io import sha256_file, write_json
 from rexrag.method import CueTrie
+from rexrag.plugins import give
 from rexrag.training import loop
-from rexrag.training.components import Components, Data, Plugins
+from rexrag.training.components import Components, Data
 from rexrag.training.loop import questions_of, step_seed, train
 from rexrag.training.run_folder import clear_unsaved, free_folder, has_checkpoint, held, last_checkpoint
 from rexrag.training.step import StepContext
@@ -76,7 +77,7 @@ def config(*overrides):
 def fake(monkeypatch):
     made = []
 
-    def build(_, plugins=None):
+    def build(_):
         made.append(fake_components())
         return made[-1]
 
@@ -467,7 +468,7 @@ class DestroyedLearner(CountingLearner):
 
 
 def test_updates_that_are_not_finite_five_times_in_a_row_end_the_run_with_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "build", lambda config, plugins=None: fake_components(DestroyedLearner()))
+    monkeypatch.setattr(loop, "build", lambda config: fake_components(DestroyedLearner()))
     with pytest.raises(TrainingError, match=r"step 5: 5 updates in a row.*learning rate 10 .*learner\.lr"):
         train(config("train.steps=50"), tmp_path / "run")
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 5
@@ -485,12 +486,12 @@ def takes_every_answer(answer, question):
 @pytest.mark.parametrize("named", [True, False])
 def test_a_reward_and_a_judge_of_answers_of_ones_own_reach_logs_and_evaluations(tmp_path, named):
     overrides = [*REAL, "train.steps=1", "train.log_rollouts=99", "algorithm.probe_probability=1.0"]
-    plugins = Plugins(reward=longer_is_worse, answer_judge=takes_every_answer)
-    if named:
-        here, plugins = "tests.training.test_loop", None
-        overrides += [f"agent.reward={here}:longer_is_worse"]
-        overrides += [f"agent.answer_judge={here}:takes_every_answer"]
-    train(presets.resolve("quickstart", "rex-rag", overrides), tmp_path / "run", plugins=plugins)
+    here = "tests.training.test_loop"
+    reward, judge = f"{here}:longer_is_worse", f"{here}:takes_every_answer"
+    if not named:
+        reward, judge = give(lambda rollout: longer_is_worse(rollout)), give(takes_every_answer)
+    overrides += [f"agent.reward={reward}", f"agent.answer_judge={judge}"]
+    train(presets.resolve("quickstart", "rex-rag", overrides), tmp_path / "run")
     with zstandard.open(tmp_path / "run" / "rollouts.jsonl.zst", "rt") as file:
         logged = [json.loads(line) for line in file]
     assert len(logged) == 9 and all(row["reward"] == -len(row["tokens"]) for row in logged)

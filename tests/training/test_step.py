@@ -461,7 +461,7 @@ def test_a_reward_and_a_judge_of_answers_of_ones_own_reach_rollouts_and_figures(
     here = "tests.training.test_step"
     overrides = [f"agent.reward={here}:by_length", f"agent.answer_judge={here}:any_city"] if named else []
     config = settings("rex-rag", *overrides)
-    scoring = Scoring.of(config.agent) if named else Scoring.of(config.agent, by_length, any_city)
+    scoring = Scoring.of(config.agent) if named else Scoring(by_length, any_city)
     batch, _ = run(*overrides, scoring=scoring)
     assert parents(batch) == [0, 1, 2, 3], "those that the judge calls wrong"
     everyone = [*batch.rollouts, *(probe.rollout for probe in batch.probes)]
@@ -480,4 +480,4 @@ def test_a_reward_that_is_no_number_is_one_line(value):
         return value
 
     with pytest.raises(PluginError, match=f"reward odd: returned {value!r}, expected a finite number"):
-        run(scoring=Scoring.of(settings("grpo").agent, odd))
+        run(scoring=Scoring(odd, names=("odd", "em")))

@@ -47,19 +47,9 @@ class Scoring:
     names: tuple[str, str] = ("em", "em")
 
     @classmethod
-    def of(
-        cls, config: AgentConfig, reward: Reward | None = None, judge: AnswerJudge | None = None
-    ) -> Scoring:
-        """What a configuration names; `reward` and `judge` take its place. Raises PluginError."""
-        named = _named(config.reward, config.answer_judge)
-        return cls(
-            reward or named.reward,
-            judge or named.judge,
-            (
-                getattr(reward, "__name__", config.reward) if reward else config.reward,
-                getattr(judge, "__name__", config.answer_judge) if judge else config.answer_judge,
-            ),
-        )
+    def of(cls, config: AgentConfig) -> Scoring:
+        """What a configuration names. Raises PluginError."""
+        return _named(config.reward, config.answer_judge)
 
     def scored(self, rollout: Rollout) -> Rollout:
         """The rollout with EM, verdict and reward. Raises PluginError where these are no finite number."""

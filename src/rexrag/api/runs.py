@@ -14,14 +14,13 @@ from rexrag.agent.scoring import AnswerJudge, Reward
 from rexrag.config import presets
 from rexrag.config.algorithms import Probing
 from rexrag.config.files import parse_config
-from rexrag.config.plugin_keys import require_plugins_allowed
+from rexrag.config.plugin_keys import plugin_names, require_plugins_allowed
 from rexrag.config.schema import Config
 from rexrag.errors import ConfigError, RunFolderError
-from rexrag.plugins import dotted_name, require_parameters
+from rexrag.plugins import dotted_name, give, is_given, require_parameters
 from rexrag.retrieval.base import Retriever
 from rexrag.retrieval.plugin import checked_retriever
 from rexrag.training.callbacks import Callback, Observer
-from rexrag.training.components import Plugins
 from rexrag.training.run_folder import check_resumable, free_folder
 
 if TYPE_CHECKING:
@@ -80,11 +79,11 @@ class Run:
 
         return write_report([self.folder], Path(out) if out else self.folder / "report.html")
 
-    def agent(self) -> Agent:
-        """The trained agent."""
+    def agent(self, allow_plugins: bool = False) -> Agent:
+        """The trained agent. allow_plugins: import those that its `config.toml` names."""
         from rexrag.api.agents import load_agent
 
-        return load_agent(self.folder)
+        return load_agent(self.folder, allow_plugins=allow_plugins)
 
 
 def load_config(
@@ -123,7 +122,9 @@ class Trainer:
             settings = parse_config(config.model_dump(mode="json"), overrides)
         else:
             settings = presets.resolve(config, algorithm, overrides)
-        self.config, self.plugins = with_plugins(settings, plugins)
+        # A control beside a run is the command line's; here it is another call of `train`.
+        settings = settings.model_copy(update={"train": settings.train.model_copy(update={"control": ""})})
+        self.config = with_plugins(settings, plugins)
 
     def train(
         self,
@@ -142,7 +143,7 @@ class Trainer:
         if resume:
             check_resumable(folder)
             require_plugins_allowed(self.config, allow_plugins, folder / "config.toml")
-        run_training(self.config, folder, resume=resume, observer=observer, plugins=self.plugins)
+        run_training(self.config, folder, resume=resume, observer=observer)
         return Run(folder)
 
 
@@ -153,17 +154,20 @@ def train(
     algorithm: str = "",
     overrides: Sequence[str] = (),
     resume: bool = False,
+    allow_plugins: bool = False,
     **plugins: Unpack[PluginArguments],
 ) -> Run:
     """Train a search agent and return its run; `Trainer(...).train(...)` in one call.
 
     config: the name of a shipped configuration, a TOML file, or a `Config`. overrides: `"train.steps=20"`.
+    resume: go on from the newest checkpoint in `out`. allow_plugins: import those that `config.toml` names.
     plugins: `reward`, `judge`, `dead_end_judge`, `retriever`, `protocol`, `callbacks`.
     Raises RexragError with one line.
 
     >>> run = rexrag.train("quickstart", out="runs/nb", overrides=["train.steps=4"])   # doctest: +SKIP
     """
-    return Trainer(config, algorithm=algorithm, overrides=overrides, **plugins).train(out, resume=resume)
+    trainer = Trainer(config, algorithm=algorithm, overrides=overrides, **plugins)
+    return trainer.train(out, resume=resume, allow_plugins=allow_plugins)
 
 
 def run_training(
@@ -173,46 +177,53 @@ def run_training(
     resume: bool = False,
     restart: bool = False,
     observer: Observer | None = None,
-    plugins: Plugins | None = None,
 ) -> dict[str, Any]:
     """Train with the engine that the configuration names; see `training.loop.train`. Raises RexragError."""
     if config.engine == "verl":
         from rexrag.verl.launch import launch
 
-        if plugins is not None and plugins != Plugins():
-            raise ConfigError("engine = 'verl': its processes know plug-ins by dotted name in the TOML only")
+        given = [name for name in plugin_names(config).values() if is_given(name)]
+        if given:
+            raise ConfigError(f"{given[0]}: engine = 'verl' imports plug-ins by name; name it in the TOML")
         return launch(config, folder, resume, restart)
     from rexrag.training.loop import train as train_here
 
-    return train_here(config, folder, resume=resume, restart=restart, observer=observer, plugins=plugins)
+    return train_here(config, folder, resume=resume, restart=restart, observer=observer)
 
 
-def with_plugins(config: Config, given: PluginArguments) -> tuple[Config, Plugins]:
-    """The configuration as these plug-ins change it, and what a run is given. Raises PluginError."""
+def with_plugins(config: Config, given: PluginArguments) -> Config:
+    """The configuration that names these plug-ins, which this process then knows. Raises PluginError."""
     unknown = set(given) - set(PluginArguments.__annotations__)
     if unknown:
         raise ConfigError(f"{sorted(unknown)[0]}: expected {', '.join(PluginArguments.__annotations__)}")
-    for name, parameters in (("reward", 1), ("judge", 2), ("dead_end_judge", 2)):
-        if name in given:
-            function = given[name]  # type: ignore[literal-required]
-            require_parameters(function, parameters, f"{name} {dotted_name(function)}")
-    agent, algorithm = config.agent, config.algorithm
+    agent: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
+    if "reward" in given:
+        agent["reward"] = _given_function("reward", given["reward"], 1)
+    if "judge" in given:
+        agent["answer_judge"] = _given_function("judge", given["judge"], 2)
     if "protocol" in given:
-        agent = agent.model_copy(update={"protocol": register_protocol(given["protocol"])})
-    judge = given.get("dead_end_judge")
-    if judge is not None:
-        if not isinstance(algorithm, Probing):
-            raise ConfigError(f"dead_end_judge: algorithm '{algorithm.name}' has no probes")
-        update = {"dead_ends": "judge", "dead_end_judge": dotted_name(judge)}
-        algorithm = algorithm.model_copy(update=update)
-    retriever = given.get("retriever")
-    return config.model_copy(update={"agent": agent, "algorithm": algorithm}), Plugins(
-        reward=given.get("reward"),
-        answer_judge=given.get("judge"),
-        dead_end_judge=judge,
-        retriever=None if retriever is None else checked_retriever(retriever),
-        callbacks=tuple(given.get("callbacks", ())),
-    )
+        agent["protocol"] = register_protocol(given["protocol"])
+    if "dead_end_judge" in given:
+        if not isinstance(config.algorithm, Probing):
+            raise ConfigError(f"dead_end_judge: algorithm '{config.algorithm.name}' has no probes")
+        name = _given_function("dead_end_judge", given["dead_end_judge"], 2)
+        update = {"dead_ends": "judge", "dead_end_judge": name}
+        changes["algorithm"] = config.algorithm.model_copy(update=update)
+    if "retriever" in given:
+        checked_retriever(given["retriever"])
+        update = {"kind": "plugin", "plugin": give(given["retriever"]), "url": "", "index": ""}
+        changes["retriever"] = config.retriever.model_copy(update=update)
+    names = [_given_function("callback", callback, 2) for callback in given.get("callbacks", ())]
+    if names:
+        callbacks = (*config.train.callbacks, *names)
+        changes["train"] = config.train.model_copy(update={"callbacks": callbacks})
+    return config.model_copy(update={**changes, "agent": config.agent.model_copy(update=agent)})
+
+
+def _given_function(what: str, function: Any, parameters: int) -> str:
+    require_parameters(function, parameters, f"{what} {dotted_name(function)}")
+    return give(function)
 
 
 def _read_json(file: Path) -> Any:

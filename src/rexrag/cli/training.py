@@ -88,6 +88,8 @@ def train(
         settings = presets.resolve(out / "config.toml", algorithm, overrides)
         require_plugins_allowed(settings, allow_plugins, out / "config.toml")
         control = _kept_control(settings, out, overrides)
+        if control is not None:
+            require_plugins_allowed(control, allow_plugins, out / CONTROL_SETTINGS)
     else:
         settings = presets.resolve(config, algorithm, overrides)
         settings, control = _control(config, settings, overrides)

@@ -110,9 +110,13 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; known: {', '.join(known)}" if len(known) < 30 else ""
 
 
+RENAMED_LEAVES = {"realignment": "correction", "tail": "suffix_weight", "dtype": "precision"}
+"""Names of keys in 0.1.0 that do not look like today's."""
+
+
 def _nearest_key(key: str) -> str:
     known = list(known_keys())
-    leaf = key.rsplit(".", 1)[-1]
+    leaf = RENAMED_LEAVES.get(key.rsplit(".", 1)[-1], key.rsplit(".", 1)[-1])
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
     close = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rexrag.config.algorithms import Probing
 from rexrag.config.schema import Config
 from rexrag.errors import ConfigError
-from rexrag.plugins import is_dotted
+from rexrag.plugins import is_dotted, is_given
 
 
 def plugin_names(config: Config) -> dict[str, str]:
@@ -24,10 +24,10 @@ def plugin_names(config: Config) -> dict[str, str]:
 
 def require_plugins_allowed(config: Config, allowed: bool, where: object) -> None:
     """Refuse plug-ins that a run folder names, unless the user allows them. Raises ConfigError."""
-    named = plugin_names(config)
+    named = {key: name for key, name in plugin_names(config).items() if not is_given(name)}
     if named and not allowed:
         key, name = next(iter(named.items()))
         raise ConfigError(
             f"{where} names a plug-in ({key} = '{name}'), which is code that would run: "
-            "--allow-plugins, if you trust it"
+            "--allow-plugins (in Python: allow_plugins=True), if you trust it"
         )

@@ -184,14 +184,22 @@ def upgrade_key(key: str, value: Any) -> tuple[str, Any]:
 def lay_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` laid on `base`, both of this version: tables merge, anything else replaces.
 
-    Where `over` names another algorithm, only the settings that all algorithms share stay of the old one.
+    Where `over` names another algorithm, of the old one those settings stay that all algorithms share and
+    that differ from its own defaults.
     """
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             if key == "algorithm" and value.get("name", old.get("name")) != old.get("name"):
-                old = {k: v for k, v in old.items() if k in Shared.model_fields and k != "name"}
+                old = _shared_changes(old)
             value = lay_over(old, value)
         merged[key] = value
     return merged
+
+
+def _shared_changes(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an `[algorithm]` table that every algorithm has and that are not this one's defaults."""
+    kind = ALGORITHMS.get(table.get("name", DEFAULT_ALGORITHM), Shared)
+    shared = {k: v for k, v in table.items() if k in Shared.model_fields and k != "name"}
+    return {k: v for k, v in shared.items() if v != kind.model_fields[k].default}

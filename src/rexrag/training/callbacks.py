@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from rexrag.config.schema import Config
 from rexrag.errors import PluginError, RexragError
-from rexrag.plugins import dotted_name, load_plugin, require_parameters
+from rexrag.plugins import dotted_name, load_plugin
 
 Callback = Callable[[str, Mapping[str, Any]], object]
 
@@ -63,9 +63,6 @@ class Events:
                 raise PluginError(f"callback {name}, event '{event}': {kind}: {error}") from error
 
 
-def load_callbacks(config: Config, given: Sequence[Callback] = ()) -> list[Callback]:
-    """`train.callbacks`, then those given. Raises PluginError."""
-    named = [load_plugin(name, "train.callbacks", parameters=2) for name in config.train.callbacks]
-    for callback in given:
-        require_parameters(callback, 2, f"callback {dotted_name(callback)}")
-    return [*named, *given]
+def load_callbacks(config: Config) -> list[Callback]:
+    """`train.callbacks`. Raises PluginError."""
+    return [load_plugin(name, "train.callbacks", parameters=2) for name in config.train.callbacks]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rexrag.agent.codec import HFCodec
-from rexrag.agent.dead_end_judge import DeadEndJudge, JudgeContext, blinded
+from rexrag.agent.dead_end_judge import JudgeContext, blinded
 from rexrag.agent.episode import Codec
 from rexrag.agent.lengths import describe, too_long
 from rexrag.agent.prompts import TEMPLATES, cue_pool, template_digest
-from rexrag.agent.scoring import AnswerJudge, Reward, Scoring
+from rexrag.agent.scoring import Scoring
 from rexrag.config.algorithms import Probing
 from rexrag.config.schema import Config, DataConfig
 from rexrag.data.questions import draw_questions, load_questions, questions_digest
@@ -25,7 +25,6 @@ from rexrag.method.dead_ends import Judge
 from rexrag.plugins import load_plugin
 from rexrag.retrieval import check_service, make_retriever
 from rexrag.retrieval.base import Retriever
-from rexrag.training.callbacks import Callback
 from rexrag.training.step import StepContext
 from rexrag.types import Document, Question
 
@@ -40,17 +39,6 @@ class Data:
     train: list[Question]
     dev: list[Question]
     corpus: Sequence[Document] | str
-
-
-@dataclass(frozen=True, slots=True)
-class Plugins:
-    """What a caller brings instead of what the configuration names; None takes the configuration's."""
-
-    reward: Reward | None = None
-    answer_judge: AnswerJudge | None = None
-    dead_end_judge: DeadEndJudge | None = None
-    retriever: Retriever | None = None
-    callbacks: tuple[Callback, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +82,15 @@ class Components:
         }
 
 
-def build(config: Config, plugins: Plugins | None = None) -> Components:
+def build(config: Config) -> Components:
     """Load everything a run needs, before anything is written. Raises RexragError with one line."""
     from rexrag.engine.loading import identity, load_engine, load_policy, resolve
     from rexrag.engine.sampling.policy import LocalPolicy
 
-    plugins = plugins or Plugins()
-    scoring = Scoring.of(config.agent, plugins.reward, plugins.answer_judge)
+    scoring = Scoring.of(config.agent)
     data = load_data(config.data)
-    retriever = plugins.retriever or make_retriever(config.retriever, data.corpus)
-    if config.retriever.kind == "remote" and plugins.retriever is None:
+    retriever = make_retriever(config.retriever, data.corpus)
+    if config.retriever.kind == "remote":
         check_service(config.retriever)
     policy, learner = load_engine(config)
     check_window(policy, config)
@@ -111,7 +98,7 @@ def build(config: Config, plugins: Plugins | None = None) -> Components:
     own = policy
     if learner.mirror is not None or learner.autocast:  # the numbers that the learner's ratios start from
         own = LocalPolicy(learner.model, policy.codec, autocast=learner.autocast)
-    judge = dead_end_judge(config, policy, plugins.dead_end_judge)
+    judge = dead_end_judge(config, policy)
     codec = policy.codec
     assert isinstance(codec, HFCodec)
     return Components(
@@ -126,18 +113,16 @@ def build(config: Config, plugins: Plugins | None = None) -> Components:
     )
 
 
-def dead_end_judge(config: Config, policy: Policy | None, given: DeadEndJudge | None = None) -> Judge | None:
-    """The judge of `dead_ends = "judge"`, given or named, as the method calls it; else None.
+def dead_end_judge(config: Config, policy: Policy | None) -> Judge | None:
+    """The judge of `dead_ends = "judge"` as the method calls it; else None.
 
-    policy: scores for the judge where it can.
-
-    Raises PluginError.
+    policy: scores for the judge where it can. Raises PluginError.
     """
     algorithm = config.algorithm
-    if not isinstance(algorithm, Probing) or (given is None and algorithm.dead_ends != "judge"):
+    if not isinstance(algorithm, Probing) or algorithm.dead_ends != "judge":
         return None
-    name = algorithm.dead_end_judge or getattr(given, "__name__", type(given).__name__)
-    judge = given or load_plugin(name, "algorithm.dead_end_judge", parameters=2)
+    name = algorithm.dead_end_judge
+    judge = load_plugin(name, "algorithm.dead_end_judge", parameters=2)
     return blinded(judge, JudgeContext(score=None if policy is None else policy.score), name)
 
 

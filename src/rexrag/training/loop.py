@@ -26,7 +26,7 @@ from rexrag.io import write_json
 from rexrag.method.probing import adaptive_probability, update_probe_success
 from rexrag.retrieval import make_retriever
 from rexrag.training.callbacks import Events, Observer, load_callbacks
-from rexrag.training.components import Components, Data, Plugins, build
+from rexrag.training.components import Components, Data, build
 from rexrag.training.metrics import describe, diagnose
 from rexrag.training.rollout_log import trace_rows
 from rexrag.training.run_folder import (
@@ -84,7 +84,6 @@ def train(
     resume: bool = False,
     restart: bool = False,
     observer: Observer | None = None,
-    plugins: Plugins | None = None,
 ) -> dict[str, Any]:
     """Run a configuration into `folder` and return its summary (also `summary.json`).
 
@@ -97,9 +96,8 @@ def train(
     config = settled(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    plugins = plugins or Plugins()
-    events = Events(observer, load_callbacks(config, plugins.callbacks))
-    components = build(config, plugins)
+    events = Events(observer, load_callbacks(config))
+    components = build(config)
     if len(components.data.train) < config.train.questions:
         raise DataError(
             f"{len(components.data.train)} training questions, train.questions = {config.train.questions}: "

@@ -60,7 +60,8 @@ def judge(evaluations: Sequence[Row], steps: Sequence[Row], finished: bool = Tru
     a run that is still going or was stopped: it is never called learned.
     """
     rise = rise_of(evaluations)
-    if finished and rise is not None and rise["low"] > 0 and weights_changed(steps):
+    enough = rise is not None and rise["n"] >= FEWEST_QUESTIONS
+    if finished and enough and rise is not None and rise["low"] > 0 and weights_changed(steps):
         low, high = (f"{100 * rise[end]:+.1f}" for end in ("low", "high"))
         return Verdict(
             "learned",
@@ -69,12 +70,20 @@ def judge(evaluations: Sequence[Row], steps: Sequence[Row], finished: bool = Tru
     found = _no_signal(steps) or _not_finite(steps)
     if found is None and not finished:
         return Verdict("unfinished", f"Not finished: {_steps(len(steps))} so far.")
-    return found or _format_collapsed(evaluations) or _of_rise(rise)
+    found = found or _format_collapsed(evaluations)
+    if found is None and rise is None and evaluations:
+        return Verdict(
+            "too-few-questions",
+            "There is one held-out evaluation, or its questions are not recorded: a change cannot be told.",
+            "the run was evaluated once",
+            "Evaluate before and after (train.evals)",
+        )
+    return found or _of_rise(rise)
 
 
 def rise_of(evaluations: Sequence[Row]) -> dict[str, float] | None:
     """{value, low, high, n}: held-out EM after − before, paired by question; None without two evaluations."""
-    if len(evaluations) < 2 or "em_by_question" not in evaluations[0]:
+    if len(evaluations) < 2 or not all("em_by_question" in evaluations[place] for place in (0, -1)):
         return None
     before, after = (evaluations[place]["em_by_question"] for place in (0, -1))
     return interval([b - a for a, b in zip(before, after, strict=True)])
@@ -107,7 +116,9 @@ def _no_signal(steps: Sequence[Row]) -> Verdict | None:
 
 
 def _why_no_signal(steps: Sequence[Row]) -> tuple[str, str]:
-    right, silent = _mean(steps, "em/train"), _mean(steps, "dead_ends/unanswered")
+    silent = _mean(steps, "dead_ends/unanswered")
+    # Right by the judge of answers, which need not be exact match.
+    right = 1.0 - _mean(steps, "dead_ends/rate") - silent
     if silent > COLLAPSED:
         cause = f"{100 * silent:.0f} % of the rollouts gave no answer in the agent's format"
         return cause, "Teach the format first (rexrag warmup), or try another agent.template"
@@ -160,7 +171,7 @@ def _of_rise(rise: Mapping[str, float] | None) -> Verdict:
             "Give data.dev a file of questions",
         )
     n, half = int(rise["n"]), (rise["high"] - rise["low"]) / 2
-    if rise["high"] < 0:
+    if rise["high"] < 0 and n >= FEWEST_QUESTIONS:
         return Verdict(
             "worse",
             f"Worse: held-out EM fell by {-100 * rise['value']:.1f} points.",
@@ -168,7 +179,7 @@ def _of_rise(rise: Mapping[str, float] | None) -> Verdict:
             "Lower learner.lr, or give the KL term a weight",
         )
     if n < FEWEST_QUESTIONS or half > SMALLEST_CHANGE:
-        enough = max(FEWEST_QUESTIONS, 300, round(n * (half / SMALLEST_CHANGE) ** 2, -2))
+        enough = max(300, 2 * n, round(n * (half / SMALLEST_CHANGE) ** 2, -2))
         return Verdict(
             "too-few-questions",
             f"Too few held-out questions to tell: {n}, so EM is known to ±{100 * half:.0f} points only."

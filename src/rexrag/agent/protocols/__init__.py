@@ -13,7 +13,7 @@ from typing import Any
 from rexrag.agent.protocols.base import Action, AgentProtocol
 from rexrag.agent.protocols.tags import Tags
 from rexrag.errors import PluginError
-from rexrag.plugins import dotted_name, load_plugin, require_parameters
+from rexrag.plugins import give, load_plugin, require_parameters
 
 __all__ = ["Action", "AgentProtocol", "protocol_of", "register_protocol"]
 
@@ -30,7 +30,7 @@ def protocol_of(name: str) -> AgentProtocol:
 
 def register_protocol(protocol: Any) -> str:
     """Make an object known as a protocol; returns the name for `agent.protocol`. Raises PluginError."""
-    name = dotted_name(protocol)
+    name = give(protocol)
     _PROTOCOLS[name] = _checked(protocol, name)
     return name
 

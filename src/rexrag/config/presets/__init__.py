@@ -29,12 +29,26 @@ def resolve(config: str | Path | None, arm: str = "", overrides: Sequence[str] =
     names the file, key or override.
     """
     where = str(config or QUICKSTART)
-    tree = upgrade(read_toml(config_path(config or QUICKSTART)), where)
+    raw = read_toml(config_path(config or QUICKSTART))
+    over = _own_arm(arm) if arm.endswith(".toml") else {}
+    if isinstance(raw.get("method"), dict) and isinstance(over.get("method"), dict):
+        # Both of 0.1.0: switches of one table, which decide together which algorithm it is.
+        raw["method"] |= over.pop("method")
+    tree = upgrade(raw, where)
+    if "algorithm" not in tree and tree.get("arm") and not arm:
+        named = arm_overlay(str(tree["arm"]))
+        tree = lay_over(named, {key: value for key, value in tree.items() if key != "arm"})
+        say_once(f'{where}: arm = "{raw["arm"]}" is read as that algorithm or ablation')
     if arm:
-        tree = lay_over(tree, arm_overlay(arm))
+        tree = lay_over(tree, upgrade(over, arm) if over else arm_overlay(arm))
     elif not (_names_algorithm(tree) or any(o.strip().startswith("algorithm.name") for o in overrides)):
         say_once(f"{where} names no algorithm: {DEFAULT_ALGORITHM} (--algorithm NAME chooses another)")
     return parse_config(tree, overrides, where=where + (f" + {arm}" if arm else ""))
+
+
+def _own_arm(file: str) -> dict[str, Any]:
+    """A user's arm as it is written, labelled by its file's name."""
+    return {**read_toml(file), "arm": Path(file).stem}
 
 
 def _names_algorithm(tree: Mapping[str, Any]) -> bool:
@@ -62,9 +76,8 @@ def arm_overlay(name: str) -> dict[str, Any]:
         name = ARMS[name]
     if name in ALGORITHMS:
         return {"algorithm": {"name": name}, "arm": ""}
-    path = Path(name)
-    if path.suffix == ".toml":
-        return {**upgrade(read_toml(path), name), "arm": path.stem}
+    if name.endswith(".toml"):
+        return upgrade(_own_arm(name), name)
     shipped = ABLATIONS / f"{name}.toml"
     if not shipped.is_file():
         raise ConfigError(
