@@ -1,4 +1,4 @@
-"""A judge of answers of your own: an answer is correct where it holds a gold answer as whole words.
+"""A judge of answers of your own: an answer is correct if it contains a gold answer as whole words.
 
 python examples/answer_judge.py
 rexrag train --set agent.answer_judge=examples.answer_judge:holds_gold
@@ -8,7 +8,7 @@ import rexrag
 
 
 def holds_gold(answer: str, question: rexrag.Question) -> bool:
-    """Does the answer hold a gold answer as whole words?"""
+    """Does the answer contain a gold answer as whole words?"""
     words = f" {' '.join(answer.lower().split())} "
     return any(f" {' '.join(gold.lower().split())} " in words for gold in question.answers)
 

@@ -1,4 +1,4 @@
-"""A callback: told of every event of a run. Here it keeps a small log of its own.
+"""A callback: a function that is called at every event of a run. Here it prints the reward of each step.
 
 python examples/callback.py
 rexrag train --set 'train.callbacks=["examples.callback:print_reward"]'

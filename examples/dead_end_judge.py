@@ -1,4 +1,4 @@
-"""A dead-end judge of your own: it finds wrong answers without the gold one, by their log-probability.
+"""A dead-end judge of your own: it takes answers with a low probability for wrong, without the gold answer.
 
     python examples/dead_end_judge.py
     rexrag train --set algorithm.dead_ends=judge \

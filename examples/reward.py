@@ -1,4 +1,4 @@
-"""A reward of your own: right answers, and a small price for every search.
+"""A reward of your own: 1 for a right answer, minus a small price for every search.
 
 python examples/reward.py
 rexrag train --set agent.reward=examples.reward:reward
