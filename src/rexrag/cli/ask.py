@@ -25,7 +25,7 @@ def ask(
     ] = "",
     override: SetOption = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperature > 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, for temperature > 0.")] = 0,
     model: Annotated[str, typer.Option(help="Endpoint: the model's name there.")] = "",
     tokenizer: Annotated[str, typer.Option(help="Endpoint: tokenizer folder or id; default: --model.")] = "",
     allow_plugins: AllowPlugins = False,
