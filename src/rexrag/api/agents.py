@@ -16,7 +16,7 @@ from rexrag.retrieval.plugin import checked_retriever
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """A policy that is loaded, with what it searches and the settings it was trained under.
+    """A loaded policy with its retriever and settings.
 
     Usable as a context manager, which closes the connection to an endpoint.
     """
@@ -46,7 +46,7 @@ class Agent:
         return ask(parts.policy, question, parts.retriever, parts.config, temperature, seed, on_text)
 
     def close(self) -> None:
-        """Give back what an endpoint holds open."""
+        """Close the connection to an endpoint."""
         self.parts.close()
 
     def __enter__(self) -> Agent:

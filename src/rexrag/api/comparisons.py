@@ -60,9 +60,9 @@ def compare(
     """Train every algorithm with every seed at the same budget and compare them in pairs.
 
     algorithms: names of algorithms or shipped ablations, or TOML files; the first is the control. seeds: how
-    many, counted from 1, or which. budget: what all runs spend ("generated" tokens, "tokens" of any
-    kind, "rollouts", "time" in seconds), and how much. out: a comparison that was killed goes on in it.
-    say: gets a line for each finished run; printed by default. Raises ConfigError, RunFolderError.
+    many, counted from 1, or which ones. budget: what is equal ("generated" tokens, "tokens" of any
+    kind, "rollouts", "time" in seconds), and how much. out: folder; after a kill the same call continues.
+    say: called with a line for each finished run. Raises ConfigError, RunFolderError.
 
     >>> rexrag.compare(["grpo", "rex-rag-distill"], seeds=6).report()    # doctest: +SKIP
     """

@@ -57,7 +57,8 @@ def evaluate(
 
     agent: an `Agent`, or whatever `load_agent` takes. questions: one or several files; none takes the run's
     own held-out questions. strategies: "agent", "reflect", "direct", "rag", … limit: questions of each set,
-    0 for all. out: answers that are there already are not asked again. Raises RexragError with one line.
+    0 for all. out: folder; questions with an answer there are not asked again. Raises RexragError with one
+    line.
 
     >>> rexrag.evaluate(agent, "dev.jsonl", strategies=["agent", "reflect"]).em()      # doctest: +SKIP
     """
