@@ -24,7 +24,7 @@ PADDING = -1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The sequence that is trained for one rollout. `cut` is −1 for a base rollout; `cue` is −1 where there is no cue."""
+    """The sequence that is trained for one rollout. `cut` is −1 for a base rollout, `cue` −1 without a cue."""
 
     source: Rollout
     tokens: tuple[int, ...]
@@ -70,7 +70,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """Per token [B, T]: log μ, weight, trained or not, truncated or not; and the α and z they were made with."""
+    """Per token [B, T]: log μ, weight, trained or not, truncated or not; and their α and z."""
 
     behaviour_logp: Tensor
     weight: Tensor

@@ -1,7 +1,7 @@
 """Context distillation (arXiv 2209.15189): a probe is trained without its cue.
 
-The row is o′ without its closing `</think>`, then o″, so that the thought continues without the cue. There is no
-mixture: ratios divide by π_old. `suffix_weight` says how o″ is trained.
+The row is o′ without its closing `</think>`, then o″, so that the thought continues without the cue. There is
+no mixture: ratios divide by π_old. `suffix_weight` decides how o″ is trained.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ContextDistillation:
         return [*base_rows(groups), *probes]
 
     def streams(self, batch: Batch) -> Streams:
-        """Streams of plain GRPO; unless `suffix_weight` is "clipped", o″ is trained with min(1, ratio)·log π."""
+        """Plain GRPO's streams; unless `suffix_weight` is "clipped", o″ is trained with min(1, ratio)·log π."""
         plain = on_policy(batch, trained_tokens(batch, self.algorithm.prefix_loss == "all"))
         if self.algorithm.suffix_weight == "clipped":
             return plain
