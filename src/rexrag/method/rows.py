@@ -24,7 +24,7 @@ PADDING = -1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The sequence that is trained for one rollout. `cut` is −1 for a base rollout, `cue` −1 without a cue."""
+    """The sequence trained for one rollout. `cut` is −1 for a base rollout, `cue` −1 without a cue."""
 
     source: Rollout
     tokens: tuple[int, ...]

@@ -26,7 +26,7 @@ class ContextDistillation:
         return [*base_rows(groups), *probes]
 
     def streams(self, batch: Batch) -> Streams:
-        """Plain GRPO's streams; unless `suffix_weight` is "clipped", o″ is trained with min(1, ratio)·log π."""
+        """GRPO's streams; unless `suffix_weight` is "clipped", o″ is trained with min(1, ratio)·log π."""
         plain = on_policy(batch, trained_tokens(batch, self.algorithm.prefix_loss == "all"))
         if self.algorithm.suffix_weight == "clipped":
             return plain
