@@ -28,7 +28,7 @@ class Comparison:
         return write_report(list(self.runs), page, self.figures["control"], self.figures)
 
     def difference(self, algorithm: str) -> dict[str, float]:
-        """Held-out EM at the budget against the control: {value, low, high, n, p}, paired by seed."""
+        """Held-out EM at the budget minus the control's, paired by seed: {value, low, high, n, p}."""
         arms = self.figures["arms"]
         if algorithm not in arms or algorithm == self.figures["control"]:
             others = ", ".join(name for name in arms if name != self.figures["control"])

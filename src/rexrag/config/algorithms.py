@@ -78,7 +78,7 @@ class Probing(Shared):
     probe_probability: Unit = 0.2
     """p, the chance that a dead end is probed."""
     probe_target: Unit = 0.0
-    """Above 0: while a smaller share of recent probes is right, p falls in proportion, to p/8 at least."""
+    """Above 0: while a smaller share of recent probes is right, p falls in proportion, down to p/8."""
     probe_groups: Literal["all", "all-wrong"] = "all"
     """Probe the dead ends of every group, or only of groups without a right rollout."""
     dead_ends: Literal["judge"] | tuple[DeadEnd, ...] = (DeadEnd.WRONG,)

@@ -38,7 +38,7 @@ class Model(BaseModel):
 
 
 class PolicyConfig(Model):
-    """Which weights, and which of them train."""
+    """The model, and which of its weights train."""
 
     path: str = "tiny-hard"
     """A Hugging Face id or folder, or a checkpoint shipped in the package: `tiny-hard`, `tiny-middle`,
@@ -55,7 +55,7 @@ class PolicyConfig(Model):
 
 
 class DataConfig(Model):
-    """Questions and corpus. `world` generates the embedded fictional world instead of reading files."""
+    """Questions and corpus. Without files, the embedded fictional world is generated."""
 
     train: str = ""
     """Questions to train on: .jsonl, .json, .parquet, .tsv or .csv (docs/guides/own-data.md). Empty: the
@@ -164,7 +164,7 @@ class TrainConfig(Model):
     max_seconds: Annotated[float, Field(ge=0.0)] = 0.0
     """Stop after this many seconds of steps; evaluations and checkpoints do not count. 0: no limit."""
     evals: Annotated[int, Field(ge=0)] = 1
-    """Held-out evaluations, evenly over the run and at its end; one before the run comes on top."""
+    """Held-out evaluations, spread evenly over the run, the last at its end; one more comes before it."""
     save_every: Count = 20
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Count = 2
