@@ -73,7 +73,7 @@ MISSES = (
 @index_app.command("build")
 def index_build(
     corpus: Annotated[
-        Path, typer.Argument(help="corpus.jsonl, packed or not: id, contents (or title, text).")
+        Path, typer.Argument(help="corpus.jsonl, compressed or not: id, contents (or title, text).")
     ],
     out: Annotated[Path, typer.Option(help="Index folder to write.")],
     kind: Annotated[
@@ -179,7 +179,7 @@ def index_check(
     index: Annotated[Path, typer.Argument(help="An index folder of any kind.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Read every byte of an index and compare it with what was written. 2 where something has changed.
+    """Compare every byte of an index with its checksums. Exit code 2 if one differs.
 
     \b
     Examples:
