@@ -74,13 +74,31 @@ def api() -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+class _Plain:
+    """An annotation that is printed as it stands in the source, without quotes."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 def _signature(name: str, thing: Any) -> str:
     if isinstance(thing, classmethod | staticmethod):
         thing = thing.__func__
+    if hasattr(thing, "model_fields"):
+        return f"{name}({', '.join(f'{field}=…' for field in thing.model_fields)})"
     try:
-        return f"{name}{inspect.signature(thing)}".replace("'", "")
+        found = inspect.signature(thing)
     except (TypeError, ValueError):
         return name
+    parameters = [p.replace(annotation=_plain(p.annotation)) for p in found.parameters.values()]
+    return f"{name}{found.replace(parameters=parameters, return_annotation=_plain(found.return_annotation))}"
+
+
+def _plain(annotation: Any) -> Any:
+    return _Plain(annotation) if isinstance(annotation, str) else annotation
 
 
 def _text(thing: Any) -> str:

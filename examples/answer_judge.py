@@ -1,4 +1,4 @@
-"""A judge of answers of your own: an answer is correct where it holds a gold answer as whole words.
+"""A judge of answers of your own: an answer is correct if it contains a gold answer as whole words.
 
 python examples/answer_judge.py
 rexrag train --set agent.answer_judge=examples.answer_judge:holds_gold
@@ -8,7 +8,7 @@ import rexrag
 
 
 def holds_gold(answer: str, question: rexrag.Question) -> bool:
-    """Does the answer hold a gold answer as whole words?"""
+    """Does the answer contain a gold answer as whole words?"""
     words = f" {' '.join(answer.lower().split())} "
     return any(f" {' '.join(gold.lower().split())} " in words for gold in question.answers)
 
@@ -16,6 +16,6 @@ def holds_gold(answer: str, question: rexrag.Question) -> bool:
 if __name__ == "__main__":
     from sizes import SMALL
 
-    run = rexrag.train("quickstart", out="runs/example-judge", overrides=SMALL, judge=holds_gold)
+    run = rexrag.train("quickstart", overrides=[*SMALL, "name=example-judge"], judge=holds_gold)
     first = run.evaluations()[0]
     print(f"exact match {first['em']['value']:.3f}, correct {first['correct']['value']:.3f}")

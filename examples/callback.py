@@ -1,4 +1,4 @@
-"""A callback: told of every event of a run. Here it keeps a small log of its own.
+"""A callback: a function that is called at every event of a run. Here it prints the reward of each step.
 
 python examples/callback.py
 rexrag train --set 'train.callbacks=["examples.callback:print_reward"]'
@@ -19,4 +19,4 @@ def print_reward(event: str, facts: Mapping[str, Any]) -> None:
 if __name__ == "__main__":
     from sizes import SMALL
 
-    rexrag.train("quickstart", out="runs/example-callback", overrides=SMALL, callbacks=[print_reward])
+    rexrag.train("quickstart", overrides=[*SMALL, "name=example-callback"], callbacks=[print_reward])

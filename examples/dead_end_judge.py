@@ -1,4 +1,4 @@
-"""A dead-end judge of your own: it finds wrong answers without the gold one, by their log-probability.
+"""A dead-end judge of your own: it takes answers with a low probability for wrong, without the gold answer.
 
     python examples/dead_end_judge.py
     rexrag train --set algorithm.dead_ends=judge \
@@ -27,9 +27,8 @@ if __name__ == "__main__":
 
     run = rexrag.train(
         "quickstart",
-        out="runs/example-dead-ends",
         algorithm="rex-rag",
-        overrides=[*SMALL, "algorithm.probe_probability=1.0"],
+        overrides=[*SMALL, "name=example-dead-ends", "algorithm.probe_probability=1.0"],
         dead_end_judge=unsure,
     )
     print([row["probes/drawn"] for row in run.metrics()])

@@ -1,4 +1,4 @@
-"""Your own questions and passages. Replace the two files; the model here is the tiny one of the package.
+"""Your own questions and passages. Replace the three files; the model here is the tiny one of the package.
 
 python examples/own_data.py
 """
@@ -11,7 +11,7 @@ from rexrag.data.world.generator import World
 
 
 def write_files(folder: Path) -> dict[str, Path]:
-    """Questions as {"question", "answers"}, passages as {"id", "contents"}: any source will do."""
+    """Write questions as {"question", "answers"} and passages as {"id", "contents"}; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     world = World(5, 24)
     rows = {
@@ -33,8 +33,8 @@ if __name__ == "__main__":
     data = [f"data.{name}={path}" for name, path in files.items()]
     run = rexrag.train(
         "quickstart",
-        out="runs/example-own-data",
-        overrides=[*(s for s in SMALL if "world" not in s), *data],
+        overrides=[*(s for s in SMALL if "world" not in s), "name=example-own-data", *data],
     )
     print(run.verdict)
-    print(run.agent().ask("Who is married to Clara Nyberg?").answer)
+    question = json.loads(files["dev"].read_text(encoding="utf-8").splitlines()[0])["question"]
+    print(question, run.agent().ask(question).answer)

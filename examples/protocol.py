@@ -12,7 +12,7 @@ from rexrag.agent.protocols.tags import Tags
 
 
 class NumberedEvidence(Tags):
-    """Only the text of the evidence differs; the frame, and what keeps documents from acting, stay."""
+    """`tags` with another text of the evidence; its frame and the neutralised tags stay."""
 
     def render_evidence(
         self, documents: Sequence[rexrag.Document], codec: TokenCodec, max_tokens: int
@@ -28,7 +28,5 @@ class NumberedEvidence(Tags):
 if __name__ == "__main__":
     from sizes import SMALL
 
-    run = rexrag.train(
-        "quickstart", out="runs/example-protocol", overrides=SMALL, protocol=NumberedEvidence()
-    )
+    run = rexrag.train("quickstart", overrides=[*SMALL, "name=example-protocol"], protocol=NumberedEvidence())
     print(run.evaluations()[-1]["em"])

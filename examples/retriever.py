@@ -1,4 +1,4 @@
-"""A retriever of your own: passages that share most words with the query.
+"""A retriever of your own: the passages that share most words with the query.
 
 python examples/retriever.py
 rexrag train --set retriever.kind=plugin --set retriever.plugin=examples.retriever:from_world
@@ -28,12 +28,12 @@ class WordOverlap:
 
 
 def from_world() -> WordOverlap:
-    """Over the passages of the embedded world of the quickstart."""
+    """A retriever over the passages of a small embedded world, as `sizes.py` sets it."""
     return WordOverlap(World(0, 24).documents)
 
 
 if __name__ == "__main__":
     from sizes import SMALL
 
-    run = rexrag.train("quickstart", out="runs/example-retriever", overrides=SMALL, retriever=from_world())
+    run = rexrag.train("quickstart", overrides=[*SMALL, "name=example-retriever"], retriever=from_world())
     print(run.evaluations()[-1]["em"])

@@ -1,4 +1,4 @@
-"""A reward of your own: right answers, and a small price for every search.
+"""A reward of your own: 1 for a right answer, minus a small price for every search.
 
 python examples/reward.py
 rexrag train --set agent.reward=examples.reward:reward
@@ -18,5 +18,5 @@ def reward(rollout: rexrag.Rollout) -> float:
 if __name__ == "__main__":
     from sizes import SMALL
 
-    run = rexrag.train("quickstart", out="runs/example-reward", overrides=SMALL, reward=reward)
+    run = rexrag.train("quickstart", overrides=[*SMALL, "name=example-reward"], reward=reward)
     print([row["reward/mean"] for row in run.metrics()])

@@ -1,4 +1,4 @@
-"""Sizes that let an example end in seconds; leave them out for a real run."""
+"""Settings that let an example end in seconds; leave them out for a real run."""
 
 SMALL = [
     "data.world_people=24",

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 
 class RexragError(Exception):
-    """Base class of every deliberate error."""
+    """Base class of rexrag's errors. The message is one line."""
 
     exit_code = 2
 

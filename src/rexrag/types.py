@@ -20,11 +20,11 @@ class Origin(IntEnum):
     POLICY = 0
     """Sampled by the model: thoughts, searches, answers."""
     CUE = 1
-    """A probe's hint, inserted by us."""
+    """A probe's cue, inserted by the program."""
     EVIDENCE = 2
-    """Retrieved text, inserted by the environment. Never in the loss."""
+    """Retrieved text, inserted by the environment. Never trained on."""
     NOTICE = 3
-    """The environment's "that was no valid action". Never in the loss."""
+    """The environment's text after a turn without a valid action. Never trained on."""
 
 
 class StopReason(StrEnum):
@@ -33,13 +33,13 @@ class StopReason(StrEnum):
     ANSWER = "answer"
     """A complete `<answer>…</answer>`."""
     TURNS = "turns"
-    """The last turn was spent without an answer."""
+    """The last turn ended without an answer."""
     LENGTH = "length"
-    """The token budget was spent without an answer."""
+    """`agent.total_tokens` were reached without an answer."""
 
 
 class DeadEnd(StrEnum):
-    """What went wrong in a rollout that is worth probing (METHOD §2)."""
+    """Kinds of dead ends (METHOD §2)."""
 
     WRONG = "wrong"
     """It answered, and the answer is not correct."""
@@ -85,7 +85,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of the policy: what it sampled, and what it asked for.
+    """One turn of the policy: the tokens that it sampled, and its action.
 
     `start:end` are the sampled tokens. `action` is "search", "answer" or None (no valid action).
     `action_start` is the token boundary at or before the action's opening tag: everything before it was
@@ -122,7 +122,7 @@ class Rollout:
     em: float = 0.0
     """Exact match of the answer, whatever the reward is made of."""
     correct: bool = False
-    """The verdict of the judge of answers, exact match by default."""
+    """What the judge of answers decided; exact match by default."""
     text: str = ""
     forced_last_turn: bool = False
     """The rollout ended in the extra turn in which a search is not run."""
@@ -184,7 +184,7 @@ def searches_run(turns: Sequence[Turn], forced_last_turn: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One training row: a response and its aligned per-token streams. Engines execute it blindly.
+    """One training row: a response and its aligned per-token streams. A learner sees nothing else.
 
     Worked example, a probe cut after two tokens (`rex-rag`, cue_loss "all"):
 
@@ -227,11 +227,11 @@ class Statistics:
     ess: float
     """Effective sample size of the trained tokens, as a share of their number."""
     scored_tokens: int
-    """Read by the model once more, to score rows."""
+    """Tokens that the model read again to score rows."""
     seconds: dict[str, float]
     generated_tokens: int = 0
     prefilled_tokens: int = 0
-    """Read by the sampling model: prompts, evidence, cues, and rows that are scored again."""
+    """Tokens that the sampling model read: prompts, evidence, cues, and rows that are scored again."""
 
 
 @dataclass(frozen=True, slots=True)

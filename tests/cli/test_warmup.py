@@ -35,7 +35,7 @@ def test_help_says_what_the_rule_is_for_and_shows_each_way(run) -> None:
     code, out, _ = run("warmup", "--help")
     assert code == 0
     text = " ".join(out.split())
-    assert "rule that was made for questions of 2WikiMultihopQA" in text
+    assert "a rule makes them for questions of 2WikiMultihopQA" in text
     assert "rexrag warmup --demonstrations demos.jsonl" in text and "rexrag warmup --from-rollouts" in text
 
 

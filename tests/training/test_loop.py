@@ -260,7 +260,7 @@ def test_nothing_goes_before_all_else_is_well(tmp_path, fake, monkeypatch):
     shutil.rmtree(folder / "checkpoints")
     (folder / "summary.json").unlink()
 
-    def fails(_, plugins):
+    def fails(_):
         raise DataError("no such corpus")
 
     monkeypatch.setattr(loop, "build", fails)
@@ -341,7 +341,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, fake):
 def test_a_changed_cue_pool_is_an_error(tmp_path, fake, monkeypatch):
     train(config(), tmp_path / "run")
     other = CueTrie([CODEC.encode("<think> hm")])
-    monkeypatch.setattr(loop, "build", lambda _, plugins: fake_components(cues=other))
+    monkeypatch.setattr(loop, "build", lambda _: fake_components(cues=other))
     with pytest.raises(CheckpointError, match="run's 'cues' has changed since this checkpoint"):
         train(config(), tmp_path / "run", resume=True)
 

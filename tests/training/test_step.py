@@ -10,6 +10,7 @@ from rexrag.agent.scoring import Scoring
 from rexrag.config.files import parse_config
 from rexrag.errors import AlphaError, PluginError
 from rexrag.method import CueTrie
+from rexrag.plugins import give
 from rexrag.training.components import dead_end_judge
 from rexrag.training.metrics import describe
 from rexrag.training.rollout_log import trace_rows
@@ -417,14 +418,14 @@ def test_only_groups_that_the_judge_gives_up_are_probed():
 
 
 def test_a_judge_can_ask_the_policy_for_scores():
-    config = settings("rex-rag", *JUDGED)
     asked = []
 
     def scoring(rollouts, context):
         asked.append(context.score([(r.prompt, r.tokens) for r in rollouts], 1.0))
         return [0.0] * len(rollouts)
 
-    batch, _ = run(*JUDGED, judge=dead_end_judge(config, ScriptedPolicy(script), scoring))
+    config = settings("rex-rag", *JUDGED, f"algorithm.dead_end_judge={give(scoring)}")
+    batch, _ = run(*JUDGED, judge=dead_end_judge(config, ScriptedPolicy(script)))
     assert [len(logps) for logps in asked[0]] == [len(r.tokens) for r in batch.rollouts]
 
 

@@ -16,14 +16,14 @@ _PROTOCOL_TAG = re.compile(r"</?(?:think|search|information|answer)>")
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 """Tokens that chat templates end a message with; some tokenizers name another one as their eos."""
 REMEMBERED = 4096
-"""Texts and token rows whose counterpart is kept: rollouts of a question say and read the same many times."""
+"""Size of the caches of encoded and decoded texts: rollouts of a question repeat many texts."""
 
 
 class HFCodec:
     """Token ids by a transformers tokenizer with a `tokenizers` backend.
 
-    Text is text: the special tokens of the tokenizer, written out in a question or a document, are broken
-    with a space so that they cannot become control tokens. Protocol tags that the tokenizer knows stay whole.
+    Special tokens of the tokenizer that a question or a document spells out are broken with a space, so that
+    they cannot become control tokens. Protocol tags that the tokenizer knows stay whole.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int] = ()) -> None:
@@ -57,7 +57,7 @@ class HFCodec:
 
     @cached_property
     def digest(self) -> str:
-        """Identity of what prompts and turns depend on: vocabulary and rules, chat template, end tokens."""
+        """SHA-256 of what prompts and turns depend on: vocabulary and rules, chat template, end tokens."""
         template = str(self.tokenizer.chat_template)
         parts = [self.tokenizer.backend_tokenizer.to_str(), template, str(sorted(self._eos_ids))]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Dead ends by a judge that never sees the gold answer: what it is given, and what it must return."""
+"""The dead-end judge, which never sees the gold answer: what it is given, and what it must return."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rexrag.types import Rollout, StopReason, Turn
 
 @dataclass(frozen=True, slots=True)
 class BlindRollout:
-    """A rollout without gold answers, reward, EM and verdict; fields as in `Rollout`."""
+    """A rollout without gold answers, reward, EM and correctness; fields as in `Rollout`."""
 
     question: str
     question_id: str
@@ -36,7 +36,7 @@ class BlindRollout:
 
 @dataclass(frozen=True, slots=True)
 class JudgeContext:
-    """What a judge may ask of the engine; None where the engine cannot.
+    """Functions of the engine that a judge may call; None where there is none.
 
     score: (rows of (prompt ids, response ids), temperature) -> log-probs of each row's response tokens.
     """

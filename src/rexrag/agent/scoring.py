@@ -1,4 +1,4 @@
-"""Reward and verdict of a finished rollout: who gives them, and that they are what they should be."""
+"""Reward and correctness of a finished rollout, and checks of what a plug-in returns for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rexrag.plugins import load_plugin, shown
 from rexrag.types import Question, Rollout
 
 Reward = Callable[[Rollout], float]
-"""What a rollout is worth. It sees turns, documents, answer and gold."""
+"""The reward of a rollout, from its turns, document ids, answer and gold answers."""
 AnswerJudge = Callable[[str, Question], bool]
 """Is this answer to the question correct?"""
 
@@ -40,7 +40,7 @@ JUDGES: dict[str, AnswerJudge] = {"em": matches_exactly}
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """The reward and the judge of answers of a run. names: what an error calls them."""
+    """The reward and the judge of answers of a run. names: their names in error messages."""
 
     reward: Reward = answer_em
     judge: AnswerJudge = matches_exactly
@@ -52,7 +52,7 @@ class Scoring:
         return _named(config.reward, config.answer_judge)
 
     def scored(self, rollout: Rollout) -> Rollout:
-        """The rollout with EM, verdict and reward. Raises PluginError where these are no finite number."""
+        """The rollout with EM, correctness and reward. Raises PluginError for what a plug-in returns."""
         em, correct = 0.0, False
         if rollout.answer is not None:
             em = exact_match(rollout.answer, rollout.question.answers)

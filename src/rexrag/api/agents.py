@@ -14,15 +14,18 @@ from rexrag.evaluation.policies import AgentParts, EndpointOptions, load_agent_p
 from rexrag.retrieval.plugin import checked_retriever
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Agent:
-    """A policy that is loaded, with what it searches and the settings it was trained under.
+    """A loaded policy with its retriever and settings.
 
     Usable as a context manager, which closes the connection to an endpoint.
     """
 
     parts: AgentParts
     source: str
+
+    def __repr__(self) -> str:
+        return f"Agent({self.source!r})"
 
     @property
     def config(self) -> Config:
@@ -46,7 +49,7 @@ class Agent:
         return ask(parts.policy, question, parts.retriever, parts.config, temperature, seed, on_text)
 
     def close(self) -> None:
-        """Give back what an endpoint holds open."""
+        """Close the connection to an endpoint."""
         self.parts.close()
 
     def __enter__(self) -> Agent:

@@ -12,13 +12,16 @@ from rexrag.config.schema import Budget
 from rexrag.errors import ConfigError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Comparison:
     """A finished comparison. `figures` is what `compare.json` holds."""
 
     folder: Path
     figures: dict[str, Any]
     runs: tuple[Path, ...]
+
+    def __repr__(self) -> str:
+        return f"Comparison({str(self.folder)!r}, control={self.figures['control']!r})"
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write the page (default: `report.html` in the folder) and return its path."""
@@ -28,7 +31,7 @@ class Comparison:
         return write_report(list(self.runs), page, self.figures["control"], self.figures)
 
     def difference(self, algorithm: str) -> dict[str, float]:
-        """Held-out EM at the budget against the control: {value, low, high, n, p}, paired by seed."""
+        """Held-out EM at the budget minus the control's, paired by seed: {value, low, high, n, p}."""
         arms = self.figures["arms"]
         if algorithm not in arms or algorithm == self.figures["control"]:
             others = ", ".join(name for name in arms if name != self.figures["control"])
@@ -60,9 +63,9 @@ def compare(
     """Train every algorithm with every seed at the same budget and compare them in pairs.
 
     algorithms: names of algorithms or shipped ablations, or TOML files; the first is the control. seeds: how
-    many, counted from 1, or which. budget: what all runs spend ("generated" tokens, "tokens" of any
-    kind, "rollouts", "time" in seconds), and how much. out: a comparison that was killed goes on in it.
-    say: gets a line for each finished run; printed by default. Raises ConfigError, RunFolderError.
+    many, counted from 1, or which ones. budget: what is equal ("generated" tokens, "tokens" of any
+    kind, "rollouts", "time" in seconds), and how much. out: folder; after a kill the same call continues.
+    say: called with a line for each finished run. Raises ConfigError, RunFolderError.
 
     >>> rexrag.compare(["grpo", "rex-rag-distill"], seeds=6).report()    # doctest: +SKIP
     """

@@ -13,12 +13,15 @@ from rexrag.evaluation.cells import Choices, plan_evaluation
 from rexrag.evaluation.runner import Options, run
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Evaluation:
     """A finished evaluation. `figures` is what `eval.json` holds."""
 
     folder: Path
     figures: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Evaluation({str(self.folder)!r})"
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -57,7 +60,8 @@ def evaluate(
 
     agent: an `Agent`, or whatever `load_agent` takes. questions: one or several files; none takes the run's
     own held-out questions. strategies: "agent", "reflect", "direct", "rag", … limit: questions of each set,
-    0 for all. out: answers that are there already are not asked again. Raises RexragError with one line.
+    0 for all. out: folder; questions with an answer there are not asked again. Raises RexragError with one
+    line.
 
     >>> rexrag.evaluate(agent, "dev.jsonl", strategies=["agent", "reflect"]).em()      # doctest: +SKIP
     """

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class PluginArguments(TypedDict, total=False):
-    """What a caller may bring; each takes the place of what the configuration names."""
+    """Plug-ins as arguments; each replaces what the configuration names."""
 
     reward: Reward
     """(Rollout) -> float."""
     judge: AnswerJudge
-    """(answer, Question) -> bool: is it correct?"""
+    """The judge of answers: (answer, Question) -> bool."""
     dead_end_judge: DeadEndJudge
     """(rollouts, context) -> P(dead end) of each; sets `dead_ends = "judge"`."""
     retriever: Retriever
@@ -56,12 +56,12 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` holds. Raises RunFolderError where the run is not over."""
+        """What `summary.json` holds. Raises RunFolderError where the run has not finished."""
         return dict(_read_json(self.folder / "summary.json"))
 
     @property
     def verdict(self) -> str:
-        """One sentence: did it learn?"""
+        """One sentence: whether the policy learned."""
         verdict = self.summary.get("verdict", {})
         return str(verdict.get("sentence", "") if isinstance(verdict, dict) else verdict)
 
@@ -100,7 +100,7 @@ def load_config(
 
 
 class Trainer:
-    """A configuration, and what a caller brings to it.
+    """A configuration with plug-ins, ready to train.
 
     config: a `Config`, the name of a shipped one, or a TOML file. plugins: see `PluginArguments`.
     Raises ConfigError, PluginError.
@@ -136,8 +136,8 @@ class Trainer:
     ) -> Run:
         """Train into `out` (default `runs/<name>`) and return the run. Raises RexragError with one line.
 
-        resume: go on from the newest checkpoint in `out`. allow_plugins: import those that its `config.toml`
-        names.
+        resume: continue from the newest checkpoint in `out`. allow_plugins: import those that its
+        `config.toml` names.
         """
         folder = Path(out) if out is not None else free_folder(self.config.name)
         if resume:

@@ -25,7 +25,7 @@ def ask(
     ] = "",
     override: SetOption = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperature > 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, for temperature > 0.")] = 0,
     model: Annotated[str, typer.Option(help="Endpoint: the model's name there.")] = "",
     tokenizer: Annotated[str, typer.Option(help="Endpoint: tokenizer folder or id; default: --model.")] = "",
     allow_plugins: AllowPlugins = False,
@@ -53,8 +53,9 @@ def ask(
     if as_json:
         print(json.dumps(asdict(answer), ensure_ascii=False))
         return
+    searches = f"{answer.searches} search" + "es" * (answer.searches != 1)
     shown = answer.answer if answer.answer is not None else "(none)"
-    print(printable(f"\nanswer: {shown}  ({answer.searches} searches, {answer.tokens} tokens)"))
+    print(printable(f"\nanswer: {shown}  ({searches}, {answer.tokens} tokens)"))
 
 
 def _write(text: str) -> None:

@@ -17,10 +17,10 @@ def register(app: typer.Typer) -> None:
 @data_app.command("world")
 def data_world(
     out: Annotated[Path, typer.Argument(help="Folder for corpus.jsonl, train.jsonl, dev.jsonl.")],
-    people: Annotated[int, typer.Option(min=12, help="Size; other entities follow.")] = 120,
+    people: Annotated[int, typer.Option(min=12, help="People; other entities grow with them.")] = 120,
     train: Annotated[int, typer.Option(min=1, help="Training questions.")] = 400,
     held_out: Annotated[int, typer.Option(min=1, help="Held-out questions.")] = 200,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
 ) -> None:
     """Write a fictional world as files in the format of your own data.
 
@@ -37,11 +37,11 @@ def data_world(
 def data_check(
     questions: Annotated[
         Path,
-        typer.Argument(help="Questions: .jsonl, .json, .parquet, .tsv or .csv, packed or not."),
+        typer.Argument(help="Questions: .jsonl, .json, .parquet, .tsv or .csv, compressed or not."),
     ],
     corpus: Annotated[Path | None, typer.Option(help="A corpus.jsonl to check too.")] = None,
 ) -> None:
-    """Read every row and say what is there, or which row is wrong.
+    """Check every row: print counts, or the first wrong row.
 
     Example: rexrag data check train.parquet --corpus corpus.jsonl
     """

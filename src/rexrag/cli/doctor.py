@@ -116,7 +116,7 @@ def _checkpoints() -> list[Finding]:
     from rexrag.engine.loading import EMBEDDED, resolve
 
     findings = []
-    for name in EMBEDDED:
+    for name in (n for n in EMBEDDED if n.startswith("tiny-")):
         try:
             facts = json.loads((Path(resolve(name)) / "start.json").read_text(encoding="utf-8"))
             measured = {what: facts["measured"][what]["value"] for what in SHOWN}

@@ -38,27 +38,28 @@ def evaluate(
     ] = None,
     sets: Annotated[str, typer.Option(help="Some of --data's sets, e.g. nq,hotpotqa,musique.")] = "",
     strategy: Annotated[
-        str, typer.Option(help="Some of agent,direct,cot,rag,ircot,search-o1,reflect; the control first.")
+        str,
+        typer.Option(help="Some of agent,direct,cot,rag,ircot,search-o1,reflect; the first is the control."),
     ] = "agent",
     votes: Annotated[int, typer.Option(help="Majority vote over this many attempts.", min=1)] = 1,
     limit: Annotated[int, typer.Option(help="Questions drawn from each set; 0: all.", min=0)] = 0,
     stratify: Annotated[bool, typer.Option("--stratify", help="Keep the shares of question types.")] = False,
     corpus: Annotated[str, typer.Option(help="A corpus.jsonl to search (and to audit).")] = "",
-    index: Annotated[str, typer.Option(help="Or an index folder.")] = "",
-    retriever: Annotated[str, typer.Option(help="Or the address of a /retrieve service.")] = "",
+    index: Annotated[str, typer.Option(help="Or an index folder to search.")] = "",
+    retriever: Annotated[str, typer.Option(help="Or the address of a /retrieve service to search.")] = "",
     temperature: Annotated[
         float | None, typer.Option(help="Default 0 (greedy); with --votes the agent's.", min=0.0)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of samples, votes and cues.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of samples, votes and cues.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/eval/<policy>-<digest>.")] = None,
     against: Annotated[
         list[Path] | None, typer.Option(help="Another evaluation's folder, for a paired test; repeatable.")
     ] = None,
     show: Annotated[Path | None, typer.Option(help="Print a finished evaluation; runs nothing.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what is cached.")] = False,
-    audit: Annotated[bool, typer.Option(help="Look for questions the corpus cannot answer.")] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ask all questions again, cached ones too.")] = False,
+    audit: Annotated[bool, typer.Option(help="Count questions whose answer no passage contains.")] = True,
     assume_retriever: Annotated[
-        str, typer.Option(help="wiki18-e5: the remote retriever is the paper's.", metavar="NAME")
+        str, typer.Option(help="wiki18-e5: state that the remote retriever is the paper's.", metavar="NAME")
     ] = "",
     vouch: Annotated[str, typer.Option(hidden=True)] = "",
     batch: Annotated[int, typer.Option(help="Attempts run side by side.", min=1)] = 64,
@@ -76,7 +77,7 @@ def evaluate(
 ) -> None:
     """Score a policy and its baselines: EM, F1, evidence, cost, with intervals, beside published numbers.
 
-    The same command goes on after a kill, asks failed questions again, and reuses what is cached in --out.
+    The same command continues after a kill, asks failed questions again, and reuses the answers in --out.
 
     \b
     Examples:

@@ -33,7 +33,7 @@ def retrieve(
     corpus: Annotated[Path | None, typer.Option(help="Or a corpus.jsonl (BM25 in memory).")] = None,
     url: Annotated[str, typer.Option(help="Or a /retrieve service.")] = "",
     encoder: EncoderOption = "",
-    topk: Annotated[int, typer.Option("-k", "--topk", min=1)] = 3,
+    topk: Annotated[int, typer.Option("-k", "--topk", help="Passages for each query.", min=1)] = 3,
     as_json: JsonOption = False,
 ) -> None:
     """Search a corpus.
@@ -73,29 +73,37 @@ MISSES = (
 @index_app.command("build")
 def index_build(
     corpus: Annotated[
-        Path, typer.Argument(help="corpus.jsonl, packed or not: id, contents (or title, text).")
+        Path, typer.Argument(help="corpus.jsonl, compressed or not: id, contents (or title, text).")
     ],
     out: Annotated[Path, typer.Option(help="Index folder to write.")],
     kind: Annotated[
-        str, typer.Option(help="bm25; past 200,000 passages bm25-disk, bm25-fast; dense, hybrid.")
+        str, typer.Option(help="bm25 (up to 200,000 passages), bm25-disk, bm25-fast, dense, hybrid.")
     ] = "bm25",
     encoder: EncoderOption = "",
     ann: Annotated[str, typer.Option(help="Vector search: flat (exact), hnsw, ivf-pq.")] = "flat",
-    lexical: Annotated[str, typer.Option(help="hybrid: which BM25 stands beside the vectors.")] = "bm25-disk",
+    lexical: Annotated[str, typer.Option(help="hybrid: the kind of its BM25 part.")] = "bm25-disk",
     query_prefix: Annotated[
-        str | None, typer.Option(help="Put before queries; default: what the model is known to need.")
+        str | None, typer.Option(help="Text before each query; default: as the encoder was trained.")
     ] = None,
-    passage_prefix: Annotated[str | None, typer.Option(help="Put before passages; the same default.")] = None,
+    passage_prefix: Annotated[
+        str | None, typer.Option(help="Text before each passage; the same default.")
+    ] = None,
     effort: Annotated[
         int, typer.Option(min=0, help="hnsw efSearch, ivf-pq lists probed; 0: the default for the size.")
     ] = 0,
-    k1: Annotated[float, typer.Option(help="bm25, bm25-fast: how slowly repeats of a word saturate.")] = 1.2,
-    b: Annotated[float, typer.Option(help="bm25, bm25-fast: how much length counts, 0 to 1.")] = 0.75,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will need, build nothing.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished build away.")] = False,
+    k1: Annotated[
+        float, typer.Option(help="bm25, bm25-fast: BM25's k1, the saturation of repeated words.")
+    ] = 1.2,
+    b: Annotated[float, typer.Option(help="bm25, bm25-fast: BM25's b, the weight of length, 0 to 1.")] = 0.75,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the build needs; build nothing.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete an unfinished build and begin again.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Build an index that opens in a moment. Killed, the same command goes on where it was.
+    """Build an index. After a kill the same command continues.
 
     \b
     Examples:
@@ -171,7 +179,7 @@ def index_check(
     index: Annotated[Path, typer.Argument(help="An index folder of any kind.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Read every byte of an index and compare it with what was written. 2 where something has changed.
+    """Compare every byte of an index with its checksums. Exit code 2 if one differs.
 
     \b
     Examples:
@@ -190,13 +198,17 @@ def index_check(
 
 def serve(
     index: Annotated[Path, typer.Argument(help="An index folder of any kind.")],
-    host: Annotated[str, typer.Option(help="Elsewhere than loopback needs a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Any address but loopback needs REXRAG_RETRIEVER_TOKEN.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 chooses a free port.")] = 8000,
     encoder: EncoderOption = "",
-    topk: Annotated[int, typer.Option(min=1, help="For requests that name none.")] = 3,
-    most_topk: Annotated[int, typer.Option(min=1, help="The most a request may ask for.")] = 100,
-    most_queries: Annotated[int, typer.Option(min=1, help="The most queries in one request.")] = 1024,
-    most_waiting: Annotated[int, typer.Option(min=1, help="Queries that may wait; then 429.")] = 4096,
+    topk: Annotated[int, typer.Option(min=1, help="Passages for a request that gives no number.")] = 3,
+    most_topk: Annotated[int, typer.Option(min=1, help="Passages for a query, at most.")] = 100,
+    most_queries: Annotated[int, typer.Option(min=1, help="Queries in a request, at most.")] = 1024,
+    most_waiting: Annotated[
+        int, typer.Option(min=1, help="Queries that wait, at most; then status 429.")
+    ] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Queries searched together.")] = 256,
     cache_mb: Annotated[int, typer.Option(min=0, help="Memory of the answer cache, MB; 0 is none.")] = 64,
     cache: Annotated[int | None, typer.Option(min=0, hidden=True)] = None,

@@ -50,19 +50,20 @@ def train(
         typer.Option(
             "--algorithm",
             "--arm",
-            help="grpo, dapo, rex-rag, rex-rag-distill; a shipped ablation; or a TOML file.",
+            help="grpo, dapo, dr-grpo, rex-rag, rex-rag-distill; a shipped ablation; or a TOML file.",
         ),
     ] = "",
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="engine = verl: what would run, and does it fit; then stop.")
+        bool,
+        typer.Option("--dry-run", help="engine = verl: print verl's settings and the memory, then stop."),
     ] = False,
     allow_plugins: AllowPlugins = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a search agent, show that it got better, and leave a run folder with a page.
+    """Train a search agent; leave a run folder with a verdict and a page.
 
     \b
     Examples:
@@ -140,6 +141,7 @@ def _run_parts(parts: list[Part], resume: bool, console: Console) -> list[Summar
         if resume and _is_done(part, where):
             summaries.append((label, json.loads((where / "summary.json").read_text(encoding="utf-8"))))
             continue
+        console.print(f"{label}: loading, then an evaluation before training ({where})", markup=False)
         progress = RunProgress(console, label)
         kept = [_Kept(control) for _, control, _ in others] if where == folder else []
         observers = Together([progress, *kept, *open_trackers(settings.train.track)])
@@ -162,26 +164,24 @@ def _run_parts(parts: list[Part], resume: bool, console: Console) -> list[Summar
 def compare(
     config: ConfigArgument = None,
     arms: Annotated[
-        str, typer.Option(help="Algorithms, ablations or TOML files; the control first.")
+        str, typer.Option(help="Algorithms, ablations or TOML files; the first is the control.")
     ] = "grpo,rex-rag-distill,rex-rag",
     seeds: Annotated[int, typer.Option(help="How many seeds, counted from --first-seed.")] = 6,
     first_seed: Annotated[int, typer.Option(help="The first seed.")] = 1,
     budget: Annotated[
         str,
-        typer.Option(
-            help="What arms spend alike: generated (tokens), tokens (generated and read), rollouts, time."
-        ),
+        typer.Option(help="What is equal: generated (tokens), tokens (generated and read), rollouts, time."),
     ] = "generated",
     amount: Annotated[float, typer.Option(help="Tokens, rollouts or seconds of each run.")] = 60000,
-    evals: Annotated[int, typer.Option(help="Points of each curve after the start.", min=1)] = 4,
+    evals: Annotated[int, typer.Option(help="Evaluations of each run after the first.", min=1)] = 4,
     jobs: Annotated[int, typer.Option(help="Runs at once; 0: one a core.", min=0)] = 0,
-    out: Annotated[Path, typer.Option(help="Folder; a killed comparison goes on in it.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder; after a kill the same command continues.")] = Path(
         "runs/compare"
     ),
     override: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Arms × seeds at a matched budget, in pairs, with intervals.
+    """Train algorithms with several seeds at an equal budget and compare them in pairs.
 
     \b
     Examples:
@@ -225,7 +225,9 @@ def compare(
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or the folder of a comparison.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write; of one folder, report.html in it.")
+    ] = None,
 ) -> None:
     """Make one self-contained page from run folders.
 
@@ -236,7 +238,7 @@ def report(
     """
     from rexrag.report import write_report
 
-    print(write_report(runs, out))
+    print(write_report(runs, out or (runs[0] if len(runs) == 1 else Path()) / "report.html"))
 
 
 def _control(

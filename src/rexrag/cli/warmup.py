@@ -15,7 +15,7 @@ from rexrag.errors import ConfigError
 from rexrag.io import printable
 
 DEFAULT_CONFIG = "own-data"
-"""The config of the two ways that take any questions."""
+"""The config of --demonstrations and --from-rollouts, which take any questions."""
 REFUSED_SHOWN = 10
 """Rows that could not be converted, one line each; the rest are counted."""
 
@@ -31,13 +31,13 @@ def warmup(
     out: Annotated[Path, typer.Option(help="Model folder to write.")] = Path("models/warm"),
     demonstrations: Annotated[
         Path | None,
-        typer.Option(help="Your own: a .jsonl of question and trace, or of messages.", metavar="FILE"),
+        typer.Option(help="A .jsonl of question and trace, or of messages.", metavar="FILE"),
     ] = None,
     from_rollouts: Annotated[
-        bool, typer.Option("--from-rollouts", help="The policy's own right rollouts on data.train.")
+        bool, typer.Option("--from-rollouts", help="Train on the policy's own right rollouts on data.train.")
     ] = False,
     rounds: Annotated[
-        int | None, typer.Option(help="--from-rollouts: draw and train so many times; default 1.", min=1)
+        int | None, typer.Option(help="--from-rollouts: how often to draw and train; default 1.", min=1)
     ] = None,
     questions: Annotated[
         int | None, typer.Option(help="--from-rollouts: questions a round; default 200, 0: all.", min=0)
@@ -46,16 +46,18 @@ def warmup(
         int | None, typer.Option(help="--from-rollouts: rollouts of a question; default 4.", min=1)
     ] = None,
     per_question: Annotated[
-        int | None, typer.Option(help="--from-rollouts: kept of a question at most; default 2.", min=1)
+        int | None,
+        typer.Option(help="--from-rollouts: rollouts kept of a question, at most; default 2.", min=1),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the warm-up.")] = None,
     override: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Teach a pretrained model the protocol by supervised training, before any reinforcement.
+    """Teach a pretrained model the protocol by supervised training, before reinforcement learning.
 
-    The demonstrations come from a file, from the policy's own right rollouts, or, without an option, from a
-    rule that was made for questions of 2WikiMultihopQA and finds next to none for others.
+    The demonstrations come from a file (--demonstrations) or from the policy's own right rollouts
+    (--from-rollouts). Without either, a rule makes them for questions of 2WikiMultihopQA; it finds next to
+    none for other questions.
 
     \b
     A row of FILE is one of
@@ -64,7 +66,7 @@ def warmup(
       {"messages": […]}   with roles user, assistant (tool_calls with an argument query), tool
 
     Evidence is never trained on. A row that cannot be converted is named and left out.
-    Limits come from agent.*, training from warmup.* (epochs, batch, lr).
+    The settings are agent.* for limits and warmup.* for training (epochs, batch, lr).
 
     \b
     Examples:

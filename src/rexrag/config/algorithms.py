@@ -31,23 +31,23 @@ class Shared(BaseModel):
     rollouts: Count = 5
     """N, base rollouts a question."""
     dynamic_sampling: Annotated[int, Field(ge=0)] = 0
-    """Ask up to this many more batches of questions until as many groups as a step has questions differ in
-    reward, and train on those only (DAPO, arXiv 2503.14476 §3.2). 0 trains on what was drawn."""
+    """Draw up to this many more batches of questions, until `train.questions` groups have a signal, and train
+    on those groups only (DAPO, arXiv 2503.14476 §3.2). 0: train on every group."""
     advantage_scale: Literal["std", "none"] = "std"
     """Divide advantages by the group's standard deviation, or not (Dr. GRPO, arXiv 2503.20783)."""
     advantage_baseline: Literal["mean", "leave-one-out"] = "mean"
     """Subtract the group's mean reward, or the mean of the other rollouts (RLOO, arXiv 2402.14740)."""
     clip_low: Unit = 0.2
-    """PPO clip: the ratio is not rewarded below 1 - clip_low."""
+    """PPO's clip: a ratio below 1 - clip_low gets no gradient where the advantage is negative."""
     clip_high: Positive = 0.2
-    """PPO clip: the ratio is not rewarded above 1 + clip_high."""
+    """PPO's clip: a ratio above 1 + clip_high gets no gradient where the advantage is positive."""
     aggregation: Literal["token-mean", "sequence-sum"] = "token-mean"
     """Mean over all trained tokens, or mean over rows of their token sums."""
     kl: NonNegative = 0.0
     """Weight of the k3 KL to the initial policy in the loss; the paper uses 0.001."""
     mismatch_cap: NonNegative = 0.0
-    """Cap of the separate weight for the sampler's numerics (learner probability over sampler probability).
-    0 takes the sampler's log-probs as those of the policy."""
+    """Cap of the weight (learner probability / sampler probability) that corrects the sampler's rounding.
+    0: no weight; the sampler's log-probs are taken for the learner's."""
 
 
 class Grpo(Shared):
@@ -78,16 +78,16 @@ class Probing(Shared):
     probe_probability: Unit = 0.2
     """p, the chance that a dead end is probed."""
     probe_target: Unit = 0.0
-    """Above 0: p falls in proportion once a smaller share of the recent probes than this is right."""
+    """Above 0: while a smaller share of recent probes is right, p falls in proportion, down to p/8."""
     probe_groups: Literal["all", "all-wrong"] = "all"
     """Probe the dead ends of every group, or only of groups without a right rollout."""
     dead_ends: Literal["judge"] | tuple[DeadEnd, ...] = (DeadEnd.WRONG,)
     """Which rollouts are dead ends: `["wrong"]` (answered, not correct), `["wrong", "unanswered"]`, or
-    `"judge"`: those that `dead_end_judge` gives more than one half."""
+    `"judge"`: those to which `dead_end_judge` gives a probability above one half."""
     dead_end_judge: str = ""
     """Plug-in of `dead_ends = "judge"`: "my_package.module:function", (rollouts, context) -> P(dead end)."""
     filter: Literal["cue-logp", "none", "right"] = "cue-logp"
-    """Which probes are kept: those whose cue the policy finds most plausible, all, or right ones only."""
+    """Which probes are kept: those whose cue has the highest mean log-prob, all, or right ones only."""
     keep_ratio: Unit = 0.08
     """ρ, kept probes per base rollout at most."""
     keep_per_group: Annotated[int, Field(ge=0)] = 0
@@ -107,17 +107,18 @@ class RexRag(Probing):
     correction: Literal["mixture", "none"] = "mixture"
     """Divide by the mixture of policy and probes, or by the policy alone (ablation "w/o IS")."""
     cue_density: Literal["fine", "coarse"] = "fine"
-    """Density of a cue: by its tokens' shares in the pool, or the whole pool on its first token."""
+    """Density of a cue's tokens. fine: the token's share in the pool's prefix tree. coarse: 1 / (pool size)
+    for the first token, 1 for the rest."""
     cue_loss: Literal["all", "first", "none"] = "all"
     """Which cue tokens are trained: all, the opening that all cues share, or none."""
     prefix_loss: Literal["all", "none"] = "all"
-    """Train what a probe took over from its base rollout in the probe's row too, or not."""
+    """In a probe's row, train the tokens before its cut too, or not."""
     alpha: Literal["batch", "group"] = "batch"
     """Share of probes in the mixture, over the batch or for each group."""
     failure_rate: Literal["batch", "question"] = "batch"
     """z, the share of wrong base rollouts, over the batch or for each question."""
     allow_large_alpha: bool = False
-    """Go on where alpha is so large that every base token with a positive advantage is clipped at once."""
+    """Allow an alpha so large that every base token with a positive advantage is clipped at once."""
 
 
 class RexRagDistill(Probing):
@@ -134,10 +135,11 @@ class RexRagDistill(Probing):
     keep_ratio: Unit = 0.2
     keep_per_group: Annotated[int, Field(ge=0)] = 1
     prefix_loss: Literal["all", "none"] = "all"
-    """Train what a probe took over from its base rollout in the probe's row too, or not."""
+    """In a probe's row, train the tokens before its cut too, or not."""
     suffix_weight: Literal["clipped", "truncated-is", "unclipped"] = "unclipped"
-    """Weight of the tokens after the cue. clipped: as any token. truncated-is: the ratio to the density that
-    wrote them, after the cue, at most 1. unclipped: 1, not clipped where the policy moved towards them."""
+    """Objective of the tokens after the cue. clipped: PPO's clipped ratio, as for other tokens. truncated-is:
+    log π weighted by the ratio to their density after the cue, at most 1. unclipped: the same with their
+    density without the cue."""
 
     @model_validator(mode="after")
     def _one_weight_for_one_token(self) -> Any:
@@ -153,4 +155,4 @@ ALGORITHMS: dict[str, type[Shared]] = {
 }
 """Name -> model."""
 DEFAULT_ALGORITHM = "rex-rag-distill"
-"""What runs wherever nothing else is said; docs/results.md says why."""
+"""The algorithm of a configuration that names none; docs/results.md says why."""

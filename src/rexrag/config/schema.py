@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rexrag.config.algorithms import Algorithm, RexRagDistill
 
 OPEN_TABLE = "overrides"
-"""The one table, of `verl`, whose keys are not ours."""
+"""The table of `[verl]` whose keys are verl's own."""
 ENDLESS = 10**9
 """Steps of a run that only its budget ends."""
 Budget = Literal["rollouts", "generated", "tokens", "time"]
@@ -23,7 +23,7 @@ SPENT: dict[Budget, str] = {
     "tokens": "spent_tokens",
     "time": "seconds",
 }
-"""What arms of a comparison spend alike -> the count in a run's logs that it limits."""
+"""Budget of a comparison -> the count in a run's logs that it limits."""
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Below = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -38,7 +38,7 @@ class Model(BaseModel):
 
 
 class PolicyConfig(Model):
-    """Which weights, and which of them train."""
+    """The model, and which of its weights train."""
 
     path: str = "tiny-hard"
     """A Hugging Face id or folder, or a checkpoint shipped in the package: `tiny-hard`, `tiny-middle`,
@@ -47,7 +47,7 @@ class PolicyConfig(Model):
     """bfloat16: sampler weights, and autocast over the learner's float32 master weights. `auto` is bfloat16
     where the CPU or GPU multiplies in it, with `mismatch_cap` = 2 unless that is set; else float32."""
     device: str = "auto"
-    """`auto` takes CUDA where there is one."""
+    """`auto`: CUDA where there is a GPU, else the CPU."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """0 trains the weights themselves; otherwise a peft LoRA of this rank on all linear layers."""
     train_last_layers: Annotated[int, Field(ge=0)] = 0
@@ -55,10 +55,11 @@ class PolicyConfig(Model):
 
 
 class DataConfig(Model):
-    """Questions and corpus. `world` generates the embedded fictional world instead of reading files."""
+    """Questions and corpus. Without files, the embedded fictional world is generated."""
 
     train: str = ""
-    """Questions (see `data.question_files`, `data.question_rows`). Empty: the embedded world."""
+    """Questions to train on: .jsonl, .json, .parquet, .tsv or .csv (docs/guides/own-data.md). Empty: the
+    embedded world."""
     dev: str = ""
     """Held-out questions, in the same formats."""
     corpus: str = ""
@@ -66,22 +67,23 @@ class DataConfig(Model):
     skip_long: bool = False
     """Leave out questions whose prompt fills `agent.total_tokens`, instead of refusing the whole file."""
     world_seed: int = 0
-    """Which embedded world."""
+    """Seed of the embedded world."""
     world_people: Count = 120
-    """How many people live in it."""
+    """People in the embedded world; other entities grow with them."""
     world_questions: Count = 2000
     """Training questions drawn from the world."""
     dev_limit: Count = 300
-    """Questions of a held-out evaluation, drawn from the file (or the embedded world), always the same."""
+    """Questions of a held-out evaluation, drawn once from the file or the embedded world."""
     fresh_questions: Annotated[int, Field(ge=0)] = 0
-    """Embedded world only: this many questions of a second world are asked too, before and after a run."""
+    """Embedded world only: evaluate this many questions of a second world too, before and after a run."""
 
 
 class RetrieverConfig(Model):
-    """Who answers a search."""
+    """What answers a search."""
 
     kind: Literal["bm25", "bm25-disk", "bm25-fast", "dense", "hybrid", "remote", "plugin"] = "bm25"
-    """How passages are searched. `bm25` needs only the corpus; `remote` a URL; the others an index."""
+    """How passages are searched. `bm25` needs only the corpus, `remote` a URL, `plugin` its name; the others
+    need an index."""
     plugin: str = ""
     """For `plugin`: "my_package.module:name" of a retriever, or of a function () -> retriever."""
     url: str = ""
@@ -89,54 +91,56 @@ class RetrieverConfig(Model):
     index: str = ""
     """A saved index folder of this kind; empty builds a bm25 index in memory from the corpus."""
     encoder: str = ""
-    """Where the encoder of a dense or hybrid index is, if not where it was when the index was built."""
+    """Folder or hub id of the encoder of a dense or hybrid index. Empty: as when the index was built."""
     topk: Count = 3
     """Documents shown for a search."""
     timeout: Positive = 30.0
-    """Seconds for one answer of a remote service."""
+    """Seconds to wait for an answer of a remote service."""
     retries: Annotated[int, Field(ge=0)] = 8
-    """Pauses double from half a second up to 30 s: eight of them sit out a service that is away for 45 s."""
+    """Retries of a failed request to a remote service; pauses double from half a second up to 30 s."""
 
 
 class AgentConfig(Model):
-    """The episode: how an agent talks, and how long."""
+    """The episode: prompt, protocol and limits."""
 
     template: str = "search-r1"
-    """Instruction of the agent: a name (`search-r1`, `search-first`, `terse`), or your own text file
-    (`instruction.txt`) with `{question}`."""
+    """Instruction: `search-r1`, `search-first`, `terse`, `direct`, or your own text file (`mine.txt`) with
+    `{question}` in it."""
     search_turns: Count = 5
-    """B. One more turn follows in which a search is not run."""
+    """Search turns at most. One more turn follows in which a search is not run."""
     turn_tokens: Count = 500
-    """Tokens that the policy may write in a turn."""
+    """Tokens that the policy may sample in a turn."""
     evidence_tokens: Count = 500
     """Tokens of documents shown after a search."""
     total_tokens: Count = 4096
-    """Prompt + response."""
+    """Tokens of prompt and response together, at most."""
     temperature: Positive = 1.0
-    """Of sampling in training; held-out evaluations are greedy."""
+    """Sampling temperature of training; held-out evaluations are greedy."""
     cues: str = "default"
-    """Cue pool of probes: a name; your own, a text file (`doubts.txt`) with one cue a line; or `none`: go on
-    without a cue."""
+    """Cue pool: `default`, `small-5`, `small-15`, `tiny`; your own text file (`doubts.txt`) with one cue a
+    line; or `none`: probes continue without a cue."""
     reward: str = "em"
     """`em`, `f1`, or a plug-in "my_package.module:function", (Rollout) -> float."""
     answer_judge: str = "em"
-    """Who says that an answer is correct: `em` (exact match), or a plug-in "my_package.module:function",
-    (answer, Question) -> bool."""
+    """The judge that decides whether an answer is correct: `em` (exact match), or a plug-in
+    "my_package.module:function", (answer, Question) -> bool."""
     protocol: str = "tags"
-    """How the agent asks, is told and answers: `tags`, or a plug-in "my_package.module:Protocol"."""
+    """How searches, evidence and answers are written: `tags`, or a plug-in "my_package.module:Protocol"."""
 
 
 class LearnerConfig(Model):
+    """Optimizer and batches of an update."""
+
     lr: Positive = 3e-4
     """Learning rate of AdamW."""
     warmup_steps: Annotated[int, Field(ge=0)] = 5
-    """Steps in which the rate rises to `lr`."""
+    """Steps in which the learning rate rises to `lr`."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """AdamW's."""
+    """Weight decay of AdamW."""
     betas: tuple[Below, Below] = (0.9, 0.95)
-    """AdamW's."""
+    """Decay rates of AdamW's two moments."""
     grad_clip: Positive = 1.0
-    """Largest norm of a gradient."""
+    """A gradient with a larger norm is scaled down to this norm."""
     minibatches: Count = 1
     """Optimizer updates a step, whatever the number of probes."""
     micro_tokens: Count = 16384
@@ -144,33 +148,36 @@ class LearnerConfig(Model):
 
 
 class TrainConfig(Model):
+    """A run: its length, budget, evaluations, checkpoints and logs."""
+
     steps: Count = 60
     """Steps at most."""
     questions: Count = 32
     """Questions a step."""
     max_generated: Annotated[int, Field(ge=0)] = 0
-    """Stop when this many tokens were generated; those of filtered probes count. 0 is no limit."""
+    """Stop after this many generated tokens, those of filtered probes included. 0: no limit."""
     max_tokens: Annotated[int, Field(ge=0)] = 0
-    """Stop when the sampling model has run this many tokens: generated ones, and all that it had to read
-    (prompts, evidence, cues, rows scored again)."""
+    """Stop after this many tokens that the sampling model generated or read (prompts, evidence, cues, rows
+    scored again). 0: no limit."""
     max_rollouts: Annotated[int, Field(ge=0)] = 0
-    """Stop when this many rollouts were drawn; a probe counts as one, kept or not."""
+    """Stop after this many rollouts; a probe counts as one, kept or not. 0: no limit."""
     max_seconds: Annotated[float, Field(ge=0.0)] = 0.0
-    """Stop when steps have taken this long; evaluations and checkpoints do not count."""
+    """Stop after this many seconds of steps; evaluations and checkpoints do not count. 0: no limit."""
     evals: Annotated[int, Field(ge=0)] = 1
-    """Held-out evaluations spread evenly over the run, beside the one before it; the last is at the end."""
+    """Held-out evaluations, spread evenly over the run, the last at its end; one more comes before it."""
     save_every: Count = 20
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Count = 2
-    """The newest n stay."""
+    """Only this many newest checkpoints are kept."""
     diagnose_every: Annotated[int, Field(ge=0)] = 0
-    """Measure gradient norms by segment and the KL to the start every so many steps (not in the budget)."""
+    """Measure gradient norms by segment and the KL to the initial checkpoint every so many steps; 0: never.
+    The cost is not in the budget."""
     log_rollouts: Annotated[int, Field(ge=0)] = 32
     """Rollouts written per step; probes and their parents first."""
     control: str = ""
     """A second algorithm trained from the same initial checkpoint and shown beside the first, e.g. `grpo`."""
     callbacks: tuple[str, ...] = ()
-    """Plug-ins "my_package.module:name" that are told of a run's events (see `training.loop.Callback`)."""
+    """Plug-ins "my_package.module:name", called at each event of a run (see `training.callbacks`)."""
     track: tuple[Tracker, ...] = ()
     """Loggers that get the run's numbers too, for example ["tensorboard"]; `pip install -e '.[track]'`."""
     threads: Annotated[int, Field(ge=0)] = 0
@@ -178,7 +185,7 @@ class TrainConfig(Model):
 
 
 class WarmupConfig(Model):
-    """`rexrag warmup`: supervised demonstrations that teach a pretrained model the protocol."""
+    """`rexrag warmup`: supervised training that teaches a pretrained model the protocol."""
 
     epochs: Count = 2
     """Passes over the demonstrations."""
@@ -191,14 +198,14 @@ class WarmupConfig(Model):
     evidence_weight: Unit = 0.0
     """Weight of evidence tokens in the loss; 0 masks them."""
     recovery: Unit = 0.5
-    """Share of the chains that are shown once more: a conclusion, a doubt, and the right way on."""
+    """Share of the chains with a second demonstration: a conclusion, a doubt, the rest of the chain."""
 
 
 Scalar = bool | int | float | str
 
 
 class VerlConfig(Model):
-    """`engine = "verl"`: machines, memory, and anything else of verl's own configuration."""
+    """`engine = "verl"`: machines, memory, and any key of verl's own configuration."""
 
     nodes: Count = 1
     """Machines."""
@@ -217,7 +224,7 @@ class VerlConfig(Model):
     tokens_per_gpu: Count = 16384
     """Tokens of one training micro-batch on one GPU."""
     offload: bool = False
-    """Keep parameters and optimizer in the host's memory while the rollout engine runs."""
+    """Keep parameters and optimizer state in the host's memory while the rollout engine runs."""
     agent_workers: Count = 8
     """Processes that drive episodes."""
     search_batch: Count = 64
@@ -255,7 +262,7 @@ class Config(Model):
     arm: str = ""
     """Label of the run in tables: the arm of a comparison. Empty: the algorithm's name."""
     seed: int = 0
-    """Of everything that is drawn. The same seed on the same machine gives the same run."""
+    """Seed of all random draws. The same seed on the same machine gives the same run."""
     engine: Literal["local", "verl"] = "local"
     """`local`: this process. `verl`: several GPUs, by verl."""
     policy: PolicyConfig = PolicyConfig()

@@ -1,4 +1,4 @@
-"""Group-relative advantages: how much better than its siblings was a rollout?"""
+"""Group-relative advantages: the reward of a rollout relative to its group."""
 
 from __future__ import annotations
 

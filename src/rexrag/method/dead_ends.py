@@ -10,7 +10,7 @@ from rexrag.types import DeadEnd, Rollout, RolloutGroup
 Judge = Callable[[Sequence[Rollout]], Sequence[float]]
 """P(dead end) of each rollout, without its gold answers."""
 DEAD = 0.5
-"""A judged rollout is a dead end above this probability."""
+"""A rollout is a dead end where the judge's probability is above this."""
 
 
 def cut_position(rollout: Rollout) -> int | None:
@@ -47,7 +47,7 @@ def find_dead_ends(
     """The dead ends among base rollouts, in order.
 
     kinds: what counts as one, where no judge is given. probe_groups: "all", or "all-wrong": only of groups
-    without a correct rollout (with a judge: only of groups in which every rollout is judged dead).
+    without a correct rollout (with a judge: groups in which it calls every rollout a dead end).
     Raises MethodError (a judge of another length).
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]

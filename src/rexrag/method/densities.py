@@ -17,7 +17,7 @@ from rexrag.method.checks import require_alpha, require_failure_rate, require_fi
 from rexrag.types import Origin
 
 FAILURE_RATE_FLOOR = 1e-3
-"""z is clamped to [1e-3, 1]: probes can exist without a failure when a judge, not the answer, calls it."""
+"""z is clamped to [1e-3, 1]: with a dead-end judge there can be probes although every rollout is correct."""
 
 CueDensity = Literal["fine", "coarse"]
 

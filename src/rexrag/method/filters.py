@@ -1,4 +1,4 @@
-"""Which probes to keep: the plausible ones, as the policy itself rates their cue."""
+"""Which probes are kept for training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss on [B, T] streams: clipped surrogate, KL, aggregation. It never knows about probes.
+"""The loss on [B, T] streams: clipped surrogate, KL, aggregation. It has no case for probes.
 
 Every stream is aligned with response tokens. `normalizer` makes micro-batches additive: pass the value of
 `aggregation_normalizer` for the whole mini-batch and the losses of its parts sum to the loss of the whole.

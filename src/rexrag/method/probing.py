@@ -1,4 +1,4 @@
-"""Which dead ends are probed, with which cue, and how the chance of a probe follows their success."""
+"""Which dead ends are probed, with which cue, and how p depends on the share of right probes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rexrag.types import Probe, Rollout, RolloutGroup
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProbePlan:
-    """Cut `parent` and go on after cue `cue` of the pool (None: go on without one)."""
+    """Cut `parent` and continue after cue number `cue` of the pool (None: without a cue)."""
 
     parent: Rollout
     cue: int | None
@@ -24,7 +24,7 @@ class ProbePlan:
 def plan_probes(
     dead_ends: Sequence[Rollout], probability: float, pool_size: int | None, generator: torch.Generator
 ) -> list[ProbePlan]:
-    """Toss one coin for each dead end and draw one cue uniformly [METHOD §2.3, §2.4].
+    """Draw for each dead end whether it is probed, and its cue uniformly [METHOD §2.3, §2.4].
 
     pool_size: number of cues, None to continue without a cue. The draws for a dead end do not depend on the
     coins of the others, so that runs which share a generator seed probe the same rollouts.
@@ -68,11 +68,11 @@ def with_probes(groups: Sequence[RolloutGroup], probes: Sequence[Probe]) -> tupl
 
 
 HALF_LIFE = 32
-"""Probes after which an observed success counts half."""
+"""Number of probes after which an earlier result has half its weight."""
 
 
 def update_probe_success(mean: float, right: int, drawn: int) -> float:
-    """Exponential mean of the probes' success, filtered ones too; unchanged by a step that drew none.
+    """Exponential mean of the share of right probes, kept or not; unchanged by a step without probes.
 
     Raises MethodError.
     """
@@ -85,7 +85,7 @@ def update_probe_success(mean: float, right: int, drawn: int) -> float:
 def adaptive_probability(probability: float, success: float, target: float) -> float:
     """p for the next step: falls in proportion once `success` is below `target`, to an eighth at most.
 
-    A p of zero would never see a success again. target 0: p stays. Raises MethodError.
+    p does not reach 0, since then no probe could raise it again. target 0: p stays. Raises MethodError.
     """
     if not (0.0 <= probability <= 1.0 and 0.0 <= success <= 1.0 and 0.0 <= target <= 1.0):
         raise MethodError(

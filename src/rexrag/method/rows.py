@@ -2,7 +2,7 @@
 
 row_of        a rollout as it was written
 pad           rows → one padded Batch of tensors
-Streams       what each token is divided by, weighted with, and whether it trains; made by a correction
+Streams       log μ, weight and mask of each token; made by a correction
 make_samples  rows + Streams + advantages → Samples for an engine
 """
 
@@ -24,7 +24,7 @@ PADDING = -1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is trained of one rollout. `cut` is −1 for a base rollout; `cue` is −1 where there is no cue."""
+    """The sequence trained for one rollout. `cut` is −1 for a base rollout, `cue` −1 without a cue."""
 
     source: Rollout
     tokens: tuple[int, ...]
@@ -35,7 +35,7 @@ class Row:
     cue: int = -1
     cue_length: int = 0
     score_suffix: bool = False
-    """The tokens from `cut` on are to be held against their density in this row: score it with the policy."""
+    """The tokens from `cut` on need their log π_old in this row: score it with the policy."""
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -70,7 +70,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """Per token [B, T]: log μ, weight, trained or not, truncated or not; and what they depend on."""
+    """Per token [B, T]: log μ, weight, trained or not, truncated or not; and their α and z."""
 
     behaviour_logp: Tensor
     weight: Tensor

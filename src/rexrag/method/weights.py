@@ -1,4 +1,4 @@
-"""Weights of whole rollouts and of tokens: multiple importance sampling, the sampler's numerics."""
+"""Weights of rollouts (multiple importance sampling) and of tokens (sampler mismatch)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def trajectory_weights(log_r: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def mismatch_weights(learner_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
-    """min(cap, π_learner/π_sampler) per token: the sampler's numerics, corrected apart from the mixture.
+    """min(cap, π_learner/π_sampler) per token: corrects the sampler's rounding, apart from the mixture.
 
     Both float [...]. Truncated importance sampling (Ionides 2008). Raises ShapeError.
     """

@@ -1,8 +1,8 @@
-"""One step of REX-RAG, on one page. Read it beside the paper (arXiv 2508.08149) or METHOD's sections.
+"""One step of REX-RAG, in the order of the paper (arXiv 2508.08149) and of docs/method.md.
 
     questions → base rollouts → dead ends → probes → filter → rows → correction → advantages → samples
 
-`collect` samples and decides what to train on; what it returns goes to `Learner.update` as it is.
+`collect` draws the rollouts and returns the samples that `Learner.update` trains on.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ Score = Callable[[Sequence[Row], float], Sequence[Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What a step works with. trie: the cue pool, None to continue without a cue. learner_policy: scores
-    with the learner's own weights where `mismatch_cap` > 0. judge: of `dead_ends = "judge"`."""
+    """What a step needs beside its questions. trie: the cue pool, None to continue without a cue.
+    learner_policy: scores with the learner's own weights where `mismatch_cap` > 0. scoring: reward and judge
+    of answers. judge: the dead-end judge of `dead_ends = "judge"`."""
 
     policy: Policy
     retriever: Retriever
@@ -62,9 +63,9 @@ def collect(
 ) -> StepBatch:
     """Draw the rollouts of a step and correct them. METHOD §2 and §3, in their order.
 
-    seed: of this step; with the same weights the same step comes out. more: the next questions, asked while
-    too few groups have signal (`dynamic_sampling`). Groups that are not trained on still count in alpha, z
-    and ess: these describe the mixture that drew the batch.
+    seed: of this step; the same weights and seed give the same step. more: returns the next questions, while
+    too few groups have a signal (`dynamic_sampling`). Groups that are not trained on still count in alpha, z
+    and ess, which describe the whole batch that was drawn.
     """
     algorithm, clock = config.algorithm, Clock()
     generator = torch.Generator().manual_seed(seed)
@@ -120,11 +121,11 @@ class _Sampling:
         )
         self.clock.lap("rollout")
 
-        # §2.2–2.4 Dead ends, a coin and a cue for each, and the same policy goes on from the cut.
+        # §2.2–2.4 Find the dead ends, draw which are probed and with which cue; the same policy continues.
         pool_size = None if context.trie is None else len(context.trie)
         plans = plan(groups, algorithm, pool_size, self.generator, context.judge)
         forks = [(p.parent, fork_probe(episode_of[id(p.parent)], p, context.trie)) for p in plans]
-        # A cue that no longer fits the window leaves nothing to go on with.
+        # A probe whose cue does not fit `total_tokens` is left out.
         alive = [(parent, fork) for parent, fork in forks if fork.state is not State.DONE]
         self.session.run([fork for _, fork in alive], context.retriever, agent.temperature, seed + 1)
         groups = with_probes(groups, [fork.probe(parent) for parent, fork in alive])
@@ -148,13 +149,13 @@ def correct_groups(
 ) -> StepBatch:
     """Filter, correction, advantages: METHOD §3, for rollouts of any engine.
 
-    generator: draws where probes are kept by chance. learner_score: scores with the learner's own weights.
+    generator: for filters that keep probes by chance. learner_score: scores with the learner's own weights.
     """
     algorithm, temperature, clock = config.algorithm, config.agent.temperature, Clock()
     # Keep the best ⌊ρ·N_base⌋ probes.
     kept = filter_probes(groups, algorithm, generator)
 
-    # Rows, and the densities they are held against that nobody has worked out yet.
+    # Rows; those whose suffix needs its density without the cue are scored first.
     correction = correction_of(algorithm, trie)
     rows, scored = _score_suffixes(correction.rows(kept), score, temperature)
     weight = None
@@ -188,7 +189,7 @@ def scorer(policy: Policy) -> Score:
 
 
 def _score_suffixes(rows: list[Row], score: Score, temperature: float) -> tuple[list[Row], int]:
-    """Rows whose suffix is held against its own density, and how many tokens were scored for it."""
+    """The rows, with the log-probs of a suffix in its own row where it needs them; and the tokens scored."""
     wanted = [row for row in rows if row.score_suffix]
     logps = iter(score(wanted, temperature) if wanted else ())
     done = [with_suffix_logp(row, next(logps).tolist()) if row.score_suffix else row for row in rows]

@@ -118,7 +118,8 @@ def _no_signal(steps: Sequence[Row]) -> Verdict | None:
 def _why_no_signal(steps: Sequence[Row]) -> tuple[str, str]:
     silent = _mean(steps, "dead_ends/unanswered")
     # Right by the judge of answers, which need not be exact match.
-    right = 1.0 - _mean(steps, "dead_ends/rate") - silent
+    judged = any("dead_ends/rate" in row for row in steps)
+    right = 1.0 - _mean(steps, "dead_ends/rate") - silent if judged else _mean(steps, "em/train")
     if silent > COLLAPSED:
         cause = f"{100 * silent:.0f} % of the rollouts gave no answer in the agent's format"
         return cause, "Teach the format first (rexrag warmup), or try another agent.template"

@@ -2,7 +2,7 @@
 
 | module | what |
 |---|---|
-| `base` | what a protocol has to offer |
+| `base` | what a protocol must have |
 | `tags` | `<search>`, `<answer>`, `<information>` |
 """
 

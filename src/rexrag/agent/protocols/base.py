@@ -1,4 +1,4 @@
-"""How an agent asks, is told and answers: what an episode needs of a protocol."""
+"""What an episode needs of a protocol: how searches and answers are written, and evidence is shown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class AgentProtocol(Protocol):
     """A plug-in: an object with these attributes. The built-in one is `tags`."""
 
     notice: str
-    """What the environment says after a turn without an action."""
+    """The text that the environment inserts after a turn without an action."""
     stop_strings: tuple[str, ...]
     """Every complete action ends with one of these; an engine that samples whole turns stops there."""
 

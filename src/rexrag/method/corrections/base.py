@@ -1,4 +1,4 @@
-"""What every correction starts from: rows as they were written, trained against the policy itself."""
+"""The protocol of a correction, and the rows and streams that corrections share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rexrag.types import Origin, Probe, RolloutGroup
 
 
 class Correction(Protocol):
-    """How a batch in which some rollouts are probes becomes an honest gradient [METHOD §3]."""
+    """How a batch that contains probes is trained [METHOD §3]."""
 
     def rows(self, groups: Sequence[RolloutGroup]) -> list[Row]:
         """What is trained: every base rollout, then every kept probe."""
         ...
 
     def streams(self, batch: Batch) -> Streams:
-        """What each token is divided by and weighted with, and whether it trains."""
+        """For each token: log μ, weight, and whether it is trained."""
         ...
 
 
@@ -62,7 +62,7 @@ def cue_tokens(algorithm: RexRag, trie: CueTrie | None) -> int | None:
 
 
 def on_policy(batch: Batch, mask: Tensor) -> Streams:
-    """Every token held against log π_old with weight 1: plain GRPO. mask: bool [B, T]."""
+    """Streams of plain GRPO: each ratio divides by π_old, each weight is 1. mask: bool [B, T]."""
     base = ~batch.is_probe
     rate = failure_rates(batch.correct[base], batch.groups[base], "batch")
     return Streams(

@@ -1,7 +1,7 @@
 """Context distillation (arXiv 2209.15189): a probe is trained without its cue.
 
-The row is o′ without its closing `</think>`, then o″: the thought goes on by itself. Nothing is mixed, so the
-ratio is that of the policy alone; `suffix_weight` says how o″ is weighted.
+The row is o′ without its closing `</think>`, then o″, so that the thought continues without the cue. There is
+no mixture: ratios divide by π_old. `suffix_weight` decides how o″ is trained.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ContextDistillation:
         return [*base_rows(groups), *probes]
 
     def streams(self, batch: Batch) -> Streams:
-        """`truncated` marks o″ where it is not clipped: min(1, ratio)·log π takes the place of the ratio."""
+        """GRPO's streams; unless `suffix_weight` is "clipped", o″ is trained with min(1, ratio)·log π."""
         plain = on_policy(batch, trained_tokens(batch, self.algorithm.prefix_loss == "all"))
         if self.algorithm.suffix_weight == "clipped":
             return plain
@@ -37,7 +37,7 @@ class ContextDistillation:
 def splice(probe: Probe, group: int) -> Row:
     """The row of a probe without its cue; its cut is where o″ begins.
 
-    Its policy_logp there is still log π_old(o″|q, o′, h), the density that wrote it. Raises CutError.
+    The policy_logp of o″ is log π_old(o″|q, o′, h): it was sampled after the cue. Raises CutError.
     """
     rollout, parent = probe.rollout, probe.parent
     if not 0 <= probe.cut <= len(rollout.tokens):

@@ -14,7 +14,7 @@ from rexrag.types import RolloutGroup
 
 @dataclass(frozen=True, slots=True)
 class Uncorrected:
-    """Rows as they were written, each token held against log π_old."""
+    """Rows as they were written; each token's ratio divides by π_old."""
 
     prefix: bool = True
     cue_tokens: int | None = None
