@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,8 +144,30 @@ class Trainer:
         if resume:
             check_resumable(folder)
             require_plugins_allowed(self.config, allow_plugins, folder / "config.toml")
-        run_training(self.config, folder, resume=resume, observer=observer)
+        run_training(self.config, folder, resume=resume, observer=observer or Lines())
         return Run(folder)
+
+
+class Lines:
+    """Prints how far a run is: each evaluation, and a step at most every ten seconds."""
+
+    def __init__(self) -> None:
+        self.begin = self.last = time.monotonic()
+
+    def started(self, config: Config, folder: Path) -> None:
+        print(f"{config.label}: {folder}")
+
+    def evaluated(self, figures: dict[str, Any]) -> None:
+        print(f"step {figures['step']}: held-out EM {100 * figures['em']['value']:.1f} %")
+
+    def stepped(self, row: dict[str, Any], done: float) -> None:
+        now = time.monotonic()
+        if now - self.last > 10.0 and done < 1.0:
+            self.last = now
+            left = (now - self.begin) / done * (1.0 - done)
+            print(
+                f"step {row['step']}: {100 * done:.0f} %, EM {100 * row['em/train']:.0f} %, eta {left:.0f} s"
+            )
 
 
 def train(
