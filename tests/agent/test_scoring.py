@@ -133,7 +133,7 @@ def test_a_name_that_cannot_be_used_is_one_line(settings, says):
 
 
 def test_an_argument_is_called_by_its_dotted_name():
-    with pytest.raises(PluginError, match="reward .*:not_a_number: returned nan"):
+    with pytest.raises(PluginError, match=r"reward .*:not_a_number: returned nan"):
         scored("madison", plugins.not_a_number)
-    with pytest.raises(PluginError, match="answer judge .*:maybe: returned 'maybe'"):
+    with pytest.raises(PluginError, match=r"answer judge .*:maybe: returned 'maybe'"):
         scored("madison", None, plugins.maybe)
