@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from rexrag.errors import PluginError
-from rexrag.plugins import dotted_name, is_dotted, load_plugin, require_parameters
+from rexrag.errors import PluginError, RetrievalError
+from rexrag.plugins import calling, dotted_name, is_dotted, load_plugin, require_parameters
 from tests.support import plugins
 
 HERE = "tests.support.plugins"
@@ -62,3 +62,60 @@ def test_a_function_whose_arguments_cannot_be_known_is_let_through():
     require_parameters(lambda a, b=1: None, 1, "lambda")
     with pytest.raises(PluginError, match="what: takes"):
         require_parameters(lambda a, *, b: None, 1, "what")
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        ("rewrd", "No module named 'rewrd'; did you mean 'reward:f'?"),
+        ("mine.juge", "No module named 'mine.juge'; did you mean 'mine.judge:f'?"),
+        ("mien.judge", "No module named 'mien'; did you mean 'mine.judge:f'?"),
+        ("elsewhere", "No module named 'elsewhere'"),
+        ("reward", "No module named 'rewards'"),
+    ],
+)
+def test_a_module_that_cannot_be_found_names_the_nearest_beside_it(tmp_path, monkeypatch, module, says):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").touch()
+    (tmp_path / "mine" / "judge.py").touch()
+    (tmp_path / "reward.py").write_text("import rewards")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(PluginError) as caught:
+        load_plugin(f"{module}:f", "agent.reward")
+    expected = f"agent.reward = '{module}:f': cannot be imported: ModuleNotFoundError: {says}"
+    assert str(caught.value) == expected
+    for name in ("mine", "mine.judge", "reward"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (KeyError("gold"), "it: KeyError: 'gold'"),
+        (ValueError("\n  first\nsecond"), "it: ValueError: first"),
+        (AssertionError(), "it: AssertionError"),
+    ],
+)
+def test_an_error_of_a_plug_in_is_one_line_with_its_name_and_its_cause(error, says):
+    def fails(argument):
+        raise error
+
+    with pytest.raises(PluginError) as caught:
+        calling("it", fails, 1)
+    assert str(caught.value) == says and caught.value.__cause__ is error
+
+
+def test_what_a_plug_in_returns_and_what_is_one_line_already_pass():
+    def refused():
+        raise RetrievalError("the service is down")
+
+    assert calling("max", max, 1, 2) == 2
+    with pytest.raises(RetrievalError, match=r"^the service is down$"):
+        calling("it", refused)
+    with pytest.raises(KeyboardInterrupt):
+        calling("it", interrupted)
+
+
+def interrupted():
+    raise KeyboardInterrupt

@@ -7,10 +7,11 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
-from rexrag.errors import PluginError
+from rexrag.errors import PluginError, RexragError
 
 
 def is_dotted(name: str) -> bool:
@@ -65,7 +66,10 @@ def load_plugin(name: str, key: str, parameters: int = 0, known: Collection[str]
         module = importlib.import_module(module_name)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise PluginError(f"{key} = '{name}': cannot be imported: {reason}") from None
+        missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+        close_module = _nearest_module(missing) if f"{module_name}.".startswith(f"{missing}.") else ""
+        hint = f"; did you mean '{close_module}{name[len(missing) :]}'?" if close_module else ""
+        raise PluginError(f"{key} = '{name}': cannot be imported: {reason}{hint}") from None
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -76,6 +80,32 @@ def load_plugin(name: str, key: str, parameters: int = 0, known: Collection[str]
     if parameters:
         require_parameters(found, parameters, f"{key} = '{name}'")
     return found
+
+
+def _nearest_module(missing: str) -> str:
+    """The module or package in the working directory whose name is closest; empty where none is close."""
+    *packages, last = missing.split(".")
+    folder = Path.cwd().joinpath(*packages)
+    files = [file.stem for file in folder.glob("*.py")] + [
+        file.parent.name for file in folder.glob("*/__init__.py")
+    ]
+    close = difflib.get_close_matches(last, files, n=1, cutoff=0.7)
+    return ".".join([*packages, *close]) if close else ""
+
+
+def calling(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a plug-in's function returns. Its errors become a PluginError of one line that begins with `name`.
+
+    A RexragError passes: it is one line already.
+    """
+    try:
+        return function(*arguments)
+    except RexragError:
+        raise
+    except Exception as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        kind = type(error).__name__
+        raise PluginError(f"{name}: {kind}: {first}" if first else f"{name}: {kind}") from error
 
 
 def shown(value: Any) -> str:

@@ -1,6 +1,8 @@
 """A judge of dead ends never sees what it is to guess, and returns probabilities or is named."""
 
+import numpy as np
 import pytest
+import torch
 
 from rexrag.agent.dead_end_judge import BlindRollout, JudgeContext, blinded
 from rexrag.errors import PluginError
@@ -26,7 +28,7 @@ def test_gold_answers_reward_and_verdict_are_out_of_reach(secret):
         return [getattr(rollout.question, secret) for rollout in rollouts]
 
     for judge in (peeks, peeks_at_the_question):
-        with pytest.raises(AttributeError, match=secret):
+        with pytest.raises(PluginError, match=f"{NAME}: AttributeError: .*{secret}"):
             asked(judge)
 
 
@@ -72,9 +74,22 @@ def test_a_judge_is_given_what_the_engine_can_do():
         (plugins.words, "returned ['dead', 'dead'], expected probabilities"),
         (plugins.nothing, "returned None, expected probabilities"),
         (plugins.several, "returned tensor([[1., 2.], [3., 4.]]), expected probabilities"),
+        (plugins.fails, "KeyError: 'gold'"),
+        (lambda rollouts, context: {0.0, 1.0}, "returned a set, expected a list of probabilities"),
+        (lambda rollouts, context: "01", "returned a str, expected a list of probabilities"),
+        (lambda rollouts, context: {0.0: 1, 1.0: 2}, "returned a dict, expected a list of probabilities"),
+        (
+            lambda rollouts, context: iter([0, 1]),
+            "returned a list_iterator, expected a list of probabilities",
+        ),
     ],
 )
 def test_what_is_no_probability_is_one_line(judge, says):
     with pytest.raises(PluginError) as caught:
         asked(judge)
     assert str(caught.value) == f"dead-end judge {NAME}: {says}"
+
+
+@pytest.mark.parametrize("made", [list, tuple, np.array, torch.tensor])
+def test_every_kind_of_sequence_will_do(made):
+    assert asked(lambda rollouts, context: made([0.0, 0.5])) == [0.0, 0.5]

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from rexrag.agent.scoring import Scoring
+from rexrag.agent.scoring import Scoring, answer_em, matches_exactly
 from rexrag.config.schema import AgentConfig
 from rexrag.errors import PluginError
 from rexrag.plugins import give
@@ -73,12 +74,44 @@ def test_a_reward_is_a_finite_number_or_one_line(reward, returned):
 
 @pytest.mark.parametrize(
     ("judge", "returned"),
-    [("maybe", "'maybe'"), ("nothing", "None"), ("several", "tensor([[1., 2.], [3., 4.]])")],
+    [
+        ("maybe", "'maybe'"),
+        ("nothing", "None"),
+        ("several", "tensor([[1., 2.], [3., 4.]])"),
+        ("seven", "7"),
+        ("minus_one", "-1"),
+        ("one_point_zero", "1.0"),
+    ],
 )
 def test_a_verdict_is_true_or_false_or_one_line(judge, returned):
     with pytest.raises(PluginError) as caught:
         scored("madison", answer_judge=f"{HERE}:{judge}")
     assert str(caught.value) == f"answer judge {HERE}:{judge}: returned {returned}, expected True or False"
+
+
+@pytest.mark.parametrize("verdict", [True, 1, np.bool_(True), np.int64(1), False, 0, np.bool_(False)])
+def test_a_verdict_may_be_a_number_or_numpy_s(verdict):
+    assert scored("x", None, lambda answer, question: verdict).correct is bool(verdict)
+
+
+@pytest.mark.parametrize(
+    ("key", "what", "given"),
+    [
+        ("reward", "reward", (plugins.fails,)),
+        ("answer_judge", "answer judge", (None, plugins.fails)),
+    ],
+)
+def test_a_reward_or_judge_that_fails_is_one_line(key, what, given):
+    with pytest.raises(PluginError) as caught:
+        scored("madison", **{key: f"{HERE}:fails"})
+    assert str(caught.value) == f"{what} {HERE}:fails: KeyError: 'gold'"
+    with pytest.raises(PluginError, match=f"^{what} {HERE}:fails: KeyError: 'gold'$"):
+        scored("madison", *given)
+
+
+def test_what_is_built_in_is_called_directly():
+    assert Scoring.of(AgentConfig()).reward is answer_em
+    assert Scoring.of(AgentConfig()).judge is matches_exactly
 
 
 @pytest.mark.parametrize(

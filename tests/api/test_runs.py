@@ -94,3 +94,43 @@ def test_a_config_can_be_made_in_python(tmp_path):
     with pytest.raises(ConfigError, match="not both"):
         rexrag.Trainer(config, algorithm="grpo")
     assert json.loads(config.model_dump_json())["train"]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"budget": ("toks", 3)}, "budget = ('toks', 3): expected (NAME, amount), NAME one of rollouts, gen"),
+        ({"budget": "generated"}, "budget = 'generated': expected (NAME, amount)"),
+        ({"budget": ("rollouts", "9")}, "budget = ('rollouts', '9'): expected (NAME, amount)"),
+        ({"budget": ("rollouts", -1)}, "budget -1: expected a budget above 0"),
+        ({"algorithms": "grpo"}, "algorithms: expected a list of names, got 'grpo'"),
+        ({"algorithms": []}, "algorithms : expected different names"),
+        ({"seeds": "3"}, "seeds: expected a list of whole numbers, got '3'"),
+        ({"seeds": 0}, "seeds: expected at least one seed"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_names_the_argument(tmp_path, given, says):
+    with pytest.raises(ConfigError) as caught:
+        rexrag.compare(**{"algorithms": ["grpo"], "out": tmp_path / "out", **given})
+    assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_override_or_strategy_may_be_given_as_one_text(run, tmp_path):
+    assert rexrag.load_config("quickstart", algorithm="grpo", overrides="train.steps=7").train.steps == 7
+    assert rexrag.Trainer("quickstart", algorithm="grpo", overrides="train.steps=7").config.train.steps == 7
+    with rexrag.load_agent(run[0].folder, overrides="agent.search_turns=1") as agent:
+        assert agent.config.agent.search_turns == 1
+        found = rexrag.evaluate(agent, strategies="direct", limit=2, out=tmp_path / "eval")
+    assert found.em("direct")["n"] == 2
+
+
+def test_arguments_of_an_agent_and_an_evaluation_are_named(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"^foo: expected model, tokenizer, concurrency, timeout, retries"):
+        rexrag.load_agent("tiny-hard", foo=3)
+    with pytest.raises(ConfigError, match=r"^model and tokenizer belong to an endpoint: source http"):
+        rexrag.load_agent(run[0].folder, model="m")
+    with pytest.raises(ConfigError, match=r"^strategies agnet: expected some of"):
+        rexrag.evaluate(run[0].folder, strategies="agnet", out=tmp_path)
+    with pytest.raises(ConfigError, match=r"^callbacks: expected a list of functions, got <function"):
+        rexrag.Trainer("quickstart", algorithm="grpo", callbacks=lambda event, facts: None)

@@ -76,3 +76,20 @@ def test_devices_are_checked():
     for name in ("warp", "meta:x"):
         with pytest.raises(ConfigError, match=r"policy\.device"):
             choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [("embeded-easy", "embedded-easy"), ("tiny-hrd", "tiny-hard"), ("./tiny-easy", "tiny-easy")],
+)
+def test_a_name_close_to_a_shipped_checkpoint_names_it(monkeypatch, path, nearest):
+    def unknown(url, timeout):
+        raise hub_error(RepositoryNotFoundError, 404)
+
+    monkeypatch.setattr(sources, "get_hf_file_metadata", unknown)
+    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda name, file: None)
+    with pytest.raises(ModelError, match=f"; did you mean '{nearest}'\\?$"):
+        resolve(path)
+    with pytest.raises(ModelError) as caught:
+        resolve("owner/name")
+    assert "did you mean" not in str(caught.value)

@@ -35,6 +35,18 @@ def maybe(answer, question):
     return "maybe"
 
 
+def seven(answer, question):
+    return 7
+
+
+def minus_one(answer, question):
+    return -1
+
+
+def one_point_zero(answer, question):
+    return 1.0
+
+
 def nothing(*arguments):
     return None
 
@@ -73,6 +85,14 @@ def no_list(rollouts, context):
 
 def words(rollouts, context):
     return ["dead"] * len(rollouts)
+
+
+def fails(*arguments):
+    raise KeyError("gold")
+
+
+def fails_to_start():
+    raise OSError("no index here")
 
 
 class Judges:

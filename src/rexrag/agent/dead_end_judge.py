@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rexrag.errors import PluginError
-from rexrag.plugins import shown
+from rexrag.plugins import calling, shown
 from rexrag.types import Rollout, StopReason, Turn
 
 
@@ -53,10 +53,14 @@ DeadEndJudge = Callable[[Sequence[BlindRollout], JudgeContext], Sequence[float]]
 def blinded(
     judge: DeadEndJudge, context: JudgeContext, name: str
 ) -> Callable[[Sequence[Rollout]], Sequence[float]]:
-    """The judge as the method calls it. Raises PluginError where it returns no probabilities."""
+    """The judge as the method calls it. Raises PluginError where it fails or returns no probabilities."""
 
     def judged(rollouts: Sequence[Rollout]) -> list[float]:
-        said = judge([BlindRollout.of(rollout) for rollout in rollouts], context)
+        blind = [BlindRollout.of(rollout) for rollout in rollouts]
+        said = calling(f"dead-end judge {name}", judge, blind, context)
+        if hasattr(said, "__iter__") and not _is_sequence(said):
+            kind = type(said).__name__
+            raise PluginError(f"dead-end judge {name}: returned a {kind}, expected a list of probabilities")
         try:
             chances = [float(chance) for chance in said]
         except Exception:  # a tensor of two dimensions raises RuntimeError
@@ -72,3 +76,9 @@ def blinded(
         return chances
 
     return judged
+
+
+def _is_sequence(value: Any) -> bool:
+    """A list, a tuple, or an array of numpy or torch: its values are in the order of the rollouts."""
+    is_text = isinstance(value, str | bytes | bytearray)
+    return not is_text and (isinstance(value, Sequence) or hasattr(value, "__array__"))

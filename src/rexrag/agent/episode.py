@@ -88,14 +88,14 @@ class _Tables(dict[int, bool]):
         return stops
 
 
-_TABLES: WeakKeyDictionary[Codec, dict[tuple[str, int], _Tables]] = WeakKeyDictionary()
+_TABLES: WeakKeyDictionary[Codec, dict[tuple[AgentProtocol, int], _Tables]] = WeakKeyDictionary()
 
 
-def _tables(codec: Codec, name: str, evidence_tokens: int) -> _Tables:
+def _tables(codec: Codec, protocol: AgentProtocol, evidence_tokens: int) -> _Tables:
     known = _TABLES.setdefault(codec, {})
-    if (name, evidence_tokens) not in known:
-        known[name, evidence_tokens] = _Tables(codec, protocol_of(name), evidence_tokens)
-    return known[name, evidence_tokens]
+    if (protocol, evidence_tokens) not in known:
+        known[protocol, evidence_tokens] = _Tables(codec, protocol, evidence_tokens)
+    return known[protocol, evidence_tokens]
 
 
 class Episode:
@@ -119,7 +119,7 @@ class Episode:
         self.question, self.codec, self.config, self.topk = question, codec, config, topk
         self.scoring = scoring or Scoring.of(config)
         self.protocol = protocol_of(config.protocol)
-        self._stops = _tables(codec, config.protocol, config.evidence_tokens)
+        self._stops = _tables(codec, self.protocol, config.evidence_tokens)
         if message is None:
             message = render_prompt(config.template, question.text)
         if len(message) > LONGEST_TOKEN * config.total_tokens:  # before hours of encoding

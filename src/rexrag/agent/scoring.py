@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from numbers import Integral
+from typing import Any
 
 from rexrag.agent.reward import exact_match, f1
 from rexrag.config.schema import AgentConfig
 from rexrag.errors import PluginError
-from rexrag.plugins import load_plugin, shown
+from rexrag.plugins import calling, load_plugin, shown
 from rexrag.types import Question, Rollout
 
 Reward = Callable[[Rollout], float]
@@ -63,7 +65,7 @@ class Scoring:
     def judged(self, answer: str, question: Question) -> bool:
         """Is the answer correct? Raises PluginError where the judge says neither yes nor no."""
         verdict = self.judge(answer, question)
-        if not isinstance(verdict, bool | int):
+        if not _is_verdict(verdict):
             raise PluginError(
                 f"answer judge {self.names[1]}: returned {shown(verdict)}, expected True or False"
             )
@@ -80,10 +82,20 @@ class Scoring:
         return number
 
 
+def _is_verdict(value: Any) -> bool:
+    """True, False, 1 or 0, of Python or of numpy, which is not imported for it."""
+    kind = type(value)
+    numpy_bool = kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
+    return numpy_bool or (isinstance(value, Integral) and value in (0, 1))
+
+
 @cache
 def _named(reward: str, judge: str) -> Scoring:
-    return Scoring(
-        REWARDS.get(reward) or load_plugin(reward, "agent.reward", parameters=1, known=REWARDS),
-        JUDGES.get(judge) or load_plugin(judge, "agent.answer_judge", parameters=2, known=JUDGES),
-        (reward, judge),
-    )
+    own_reward, own_judge = REWARDS.get(reward), JUDGES.get(judge)
+    if own_reward is None:
+        found = load_plugin(reward, "agent.reward", parameters=1, known=REWARDS)
+        own_reward = partial(calling, f"reward {reward}", found)
+    if own_judge is None:
+        found = load_plugin(judge, "agent.answer_judge", parameters=2, known=JUDGES)
+        own_judge = partial(calling, f"answer judge {judge}", found)
+    return Scoring(own_reward, own_judge, (reward, judge))

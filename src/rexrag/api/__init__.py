@@ -6,4 +6,5 @@
 | `agents` | `load_agent`, `Agent` |
 | `evaluations` | `evaluate`, `Evaluation` |
 | `comparisons` | `compare`, `Comparison` |
+| `arguments` | lists that are given as one text, and errors that name arguments |
 """

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rexrag.api.arguments import naming_arguments, one_or_several
 from rexrag.config.schema import Config
+from rexrag.errors import ConfigError
 from rexrag.evaluation.ask import Answer, ask
 from rexrag.evaluation.policies import AgentParts, EndpointOptions, load_agent_parts
 from rexrag.retrieval.plugin import checked_retriever
@@ -65,7 +67,7 @@ def load_agent(
     source: str | Path,
     *,
     config: str | Path | None = None,
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     retriever: Any = None,
     allow_plugins: bool = False,
     **endpoint: Any,
@@ -79,12 +81,17 @@ def load_agent(
 
     >>> agent = rexrag.load_agent("runs/quickstart")      # doctest: +SKIP
     """
-    parts = load_agent_parts(
-        str(source),
-        None if config is None else str(config),
-        overrides,
-        retriever=None if retriever is None else checked_retriever(retriever),
-        endpoint=EndpointOptions(**endpoint) if endpoint else None,
-        allow_plugins=allow_plugins,
-    )
+    known = [field.name for field in fields(EndpointOptions)]
+    unknown = [name for name in endpoint if name not in known]
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: expected {', '.join(known)}, which belong to an endpoint")
+    with naming_arguments(policy="source", model="model", tokenizer="tokenizer"):
+        parts = load_agent_parts(
+            str(source),
+            None if config is None else str(config),
+            one_or_several(overrides),
+            retriever=None if retriever is None else checked_retriever(retriever),
+            endpoint=EndpointOptions(**endpoint) if endpoint else None,
+            allow_plugins=allow_plugins,
+        )
     return Agent(parts, str(source))

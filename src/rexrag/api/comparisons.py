@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rexrag.api.arguments import listed, naming_arguments, one_or_several
 from rexrag.config import presets
-from rexrag.config.schema import Budget
+from rexrag.config.schema import SPENT, Budget
 from rexrag.errors import ConfigError
+from rexrag.plugins import shown
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -57,7 +59,7 @@ def compare(
     seeds: int | Sequence[int] = 6,
     budget: tuple[Budget, float] = ("generated", 60_000),
     out: str | Path = "runs/compare",
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> Comparison:
     """Train every algorithm with every seed at the same budget and compare them in pairs.
@@ -71,7 +73,20 @@ def compare(
     """
     from rexrag.experiments import runner
 
-    wanted = list(range(1, seeds + 1)) if isinstance(seeds, int) else list(seeds)
-    work = runner.plan(str(config), algorithms, wanted, *budget, overrides)
+    names = listed(algorithms, "algorithms", "names")
+    wanted = list(range(1, seeds + 1)) if isinstance(seeds, int) else listed(seeds, "seeds", "whole numbers")
+    unit, amount = _checked_budget(budget)
+    with naming_arguments(seeds="seeds", arms="algorithms", amount="budget"):
+        work = runner.plan(str(config), names, wanted, unit, amount, one_or_several(overrides))
     figures = runner.run(work, Path(out), say=say)
     return Comparison(Path(out), figures, tuple(runner.run_folders(work, Path(out))))
+
+
+def _checked_budget(budget: tuple[Budget, float]) -> tuple[Budget, float]:
+    """(what, how much). Raises ConfigError."""
+    right = isinstance(budget, tuple | list) and len(budget) == 2 and isinstance(budget[1], int | float)
+    if not right or budget[0] not in SPENT:
+        raise ConfigError(
+            f"budget = {shown(budget)}: expected (NAME, amount), NAME one of {', '.join(SPENT)}"
+        )
+    return budget

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rexrag.api.agents import Agent, load_agent
+from rexrag.api.arguments import naming_arguments, one_or_several
 from rexrag.evaluation.cells import Choices, plan_evaluation
 from rexrag.evaluation.runner import Options, run
 
@@ -51,7 +52,7 @@ def evaluate(
     agent: Agent | str | Path,
     questions: str | Path | Sequence[str] = (),
     *,
-    strategies: Sequence[str] = ("agent",),
+    strategies: str | Sequence[str] = ("agent",),
     votes: int = 1,
     limit: int = 0,
     out: str | Path = "runs/eval/python",
@@ -67,8 +68,9 @@ def evaluate(
     """
     loaded = agent if isinstance(agent, Agent) else load_agent(agent)
     files = [str(questions)] if isinstance(questions, str | Path) else [str(f) for f in questions]
-    choices = Choices(data=files, strategies=tuple(strategies), votes=votes, limit=limit)
-    plan = plan_evaluation(
-        loaded.parts.source, loaded.config, choices, Path(out), loaded.parts.given_retriever
-    )
+    choices = Choices(data=files, strategies=tuple(one_or_several(strategies)), votes=votes, limit=limit)
+    with naming_arguments(strategy="strategies", votes="votes", data="questions"):
+        plan = plan_evaluation(
+            loaded.parts.source, loaded.config, choices, Path(out), loaded.parts.given_retriever
+        )
     return Evaluation(Path(out), run(plan, Options()))

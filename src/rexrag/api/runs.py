@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from rexrag.agent.dead_end_judge import DeadEndJudge
 from rexrag.agent.protocols import register_protocol
 from rexrag.agent.scoring import AnswerJudge, Reward
+from rexrag.api.arguments import listed, one_or_several
 from rexrag.config import presets
 from rexrag.config.algorithms import Probing
 from rexrag.config.files import parse_config
@@ -88,7 +89,7 @@ class Run:
 
 
 def load_config(
-    config: str | Path = presets.QUICKSTART, *, algorithm: str = "", overrides: Sequence[str] = ()
+    config: str | Path = presets.QUICKSTART, *, algorithm: str = "", overrides: str | Sequence[str] = ()
 ) -> Config:
     """A shipped configuration by name, or a TOML file, with an algorithm and overrides laid over it.
 
@@ -97,7 +98,7 @@ def load_config(
     >>> rexrag.load_config("quickstart", algorithm="grpo").algorithm.rollouts
     5
     """
-    return presets.resolve(config, algorithm, overrides)
+    return presets.resolve(config, algorithm, one_or_several(overrides))
 
 
 class Trainer:
@@ -114,15 +115,15 @@ class Trainer:
         config: Config | str | Path = presets.QUICKSTART,
         *,
         algorithm: str = "",
-        overrides: Sequence[str] = (),
+        overrides: str | Sequence[str] = (),
         **plugins: Unpack[PluginArguments],
     ) -> None:
         if isinstance(config, Config):
             if algorithm:
                 raise ConfigError("algorithm: give a Config or the name of an algorithm, not both")
-            settings = parse_config(config.model_dump(mode="json"), overrides)
+            settings = parse_config(config.model_dump(mode="json"), one_or_several(overrides))
         else:
-            settings = presets.resolve(config, algorithm, overrides)
+            settings = presets.resolve(config, algorithm, one_or_several(overrides))
         # A control beside a run is the command line's; here it is another call of `train`.
         settings = settings.model_copy(update={"train": settings.train.model_copy(update={"control": ""})})
         self.config = with_plugins(settings, plugins)
@@ -175,7 +176,7 @@ def train(
     out: str | Path | None = None,
     *,
     algorithm: str = "",
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     resume: bool = False,
     allow_plugins: bool = False,
     **plugins: Unpack[PluginArguments],
@@ -237,10 +238,11 @@ def with_plugins(config: Config, given: PluginArguments) -> Config:
         checked_retriever(given["retriever"])
         update = {"kind": "plugin", "plugin": give(given["retriever"]), "url": "", "index": ""}
         changes["retriever"] = config.retriever.model_copy(update=update)
-    names = [_given_function("callback", callback, 2) for callback in given.get("callbacks", ())]
+    callbacks = listed(given.get("callbacks", ()), "callbacks", "functions")
+    names = [_given_function("callback", callback, 2) for callback in callbacks]
     if names:
-        callbacks = (*config.train.callbacks, *names)
-        changes["train"] = config.train.model_copy(update={"callbacks": callbacks})
+        named = (*config.train.callbacks, *names)
+        changes["train"] = config.train.model_copy(update={"callbacks": named})
     return config.model_copy(update={**changes, "agent": config.agent.model_copy(update=agent)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib.resources import files
 from pathlib import Path
 
@@ -57,10 +58,15 @@ def resolve(path: str, adapters: bool = True) -> str:
     else:
         folder = Path(path).expanduser()
         if not path or not folder.exists():
-            if may_be_id(path):
+            close = difflib.get_close_matches(path, EMBEDDED, n=1, cutoff=0.7)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            if not may_be_id(path):
+                raise ModelError(f"policy.path = '{path}': no such model folder{hint}")
+            try:
                 _reach(path)
-                return path
-            raise ModelError(f"policy.path = '{path}': no such model folder")
+            except ModelError as error:
+                raise ModelError(f"{error}{hint}") from None
+            return path
     if lora.is_adapter(folder):
         _check_adapter(folder, adapters)
         return str(folder)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rexrag.errors import PluginError
-from rexrag.plugins import dotted_name, load_plugin, require_parameters
+from rexrag.plugins import calling, dotted_name, load_plugin, require_parameters
 from rexrag.retrieval.base import Retriever
 from rexrag.types import Document
 
@@ -21,15 +21,20 @@ class PluginRetriever:
 
     @property
     def digest(self) -> str:
-        return str(getattr(self.inner, "digest", self.name))
+        return str(calling(f"retriever {self.name}, digest", getattr, self.inner, "digest", self.name))
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Document]]:
-        """Raises PluginError where a query has no list of documents."""
-        found = self.inner.search(queries, topk)
+        """Raises PluginError where a search fails or a query has no list of documents."""
+        found = calling(f"retriever {self.name}", self.inner.search, queries, topk)
         if not isinstance(found, list) or len(found) != len(queries):
             got = f"{len(found)} lists" if isinstance(found, list) else type(found).__name__
             raise PluginError(f"retriever {self.name}: returned {got} for {len(queries)} queries")
         for documents in found:
+            if not isinstance(documents, list | tuple):
+                got = "None" if documents is None else f"a {type(documents).__name__}"
+                raise PluginError(
+                    f"retriever {self.name}: returned {got} for a query, expected a list of Document"
+                )
             for document in documents:
                 if not isinstance(document, Document):
                     kind = type(document).__name__
@@ -50,5 +55,5 @@ def load_retriever(name: str) -> Retriever:
     """What `retriever.plugin` names: a retriever, or what makes one. Raises PluginError."""
     found = load_plugin(name, "retriever.plugin")
     if isinstance(found, type) or (callable(found) and not hasattr(found, "search")):
-        found = found()
+        found = calling(f"retriever.plugin = '{name}'", found)
     return checked_retriever(found, name)

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rexrag.config.schema import Config
-from rexrag.errors import PluginError, RexragError
-from rexrag.plugins import dotted_name, load_plugin
+from rexrag.plugins import calling, dotted_name, load_plugin
 
 Callback = Callable[[str, Mapping[str, Any]], object]
 
@@ -54,13 +53,7 @@ class Events:
 
     def _tell(self, event: str, facts: Mapping[str, Any]) -> None:
         for callback in self.callbacks:
-            try:
-                callback(event, facts)
-            except RexragError:
-                raise
-            except Exception as error:
-                name, kind = dotted_name(callback), type(error).__name__
-                raise PluginError(f"callback {name}, event '{event}': {kind}: {error}") from error
+            calling(f"callback {dotted_name(callback)}, event '{event}'", callback, event, facts)
 
 
 def load_callbacks(config: Config) -> list[Callback]:
