@@ -74,7 +74,7 @@ class Scoring:
     def _rewarded(self, rollout: Rollout) -> float:
         value = self.reward(rollout)
         try:
-            number = float(value)
+            number = math.nan if isinstance(value, str | bytes) else float(value)
         except Exception:  # a tensor of several numbers raises RuntimeError, a huge integer OverflowError
             number = math.nan
         if not math.isfinite(number):
