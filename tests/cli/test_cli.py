@@ -150,7 +150,7 @@ def test_a_mistake_is_one_line(run, arguments, words, tmp_path, monkeypatch):
 def test_the_control_is_laid_over_the_base_and_survives_a_kill(run, tmp_path, monkeypatch):
     seen = []
 
-    def pretended(config, folder, resume, restart, observer, plugins):
+    def pretended(config, folder, resume, restart, observer):
         seen.append(
             (config.label, config.algorithm.clip_high, config.algorithm.dynamic_sampling, config.seed, resume)
         )
@@ -371,9 +371,9 @@ def test_tools_print_what_they_found(run, files, monkeypatch):
         "4 questions" in run("data", "check", folder / "train.jsonl", "--corpus", folder / "corpus.jsonl")[1]
     )
     findings = {finding["what"]: finding for finding in json.loads(run("doctor", "--json")[1])}
-    assert {"torch", "embedded", "gpu"} <= set(findings)
+    assert {"torch", "tiny-hard", "gpu"} <= set(findings)
     assert findings["precision"]["detail"].startswith("policy.precision = auto is ")
-    assert "hard questions: right by chance 0.0 %" in str(findings["embedded"])
+    assert "hard questions: right by chance 0.0 %" in str(findings["tiny-hard"])
 
 
 def test_a_user_s_own_files_train_through_the_same_code(run, tmp_path):

@@ -247,7 +247,7 @@ def first_line(page: Page) -> str:
 def test_the_first_line_of_a_page_is_the_verdict(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=6)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    silent = [row | {"updates": 0, "groups/no_signal": 1.0, "em/train": 0.0} for row in rows]
+    silent = [row | {"updates": 0, "groups/no_signal": 1.0, "dead_ends/rate": 1.0} for row in rows]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in silent))
     page = page_of(folder)
     assert first_line(page).startswith("No group had a signal in 6 of 6 steps, so no weight changed.")
