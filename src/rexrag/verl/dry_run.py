@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rexrag.config.schema import Config
-from rexrag.engine.loading import EMBEDDED, resolve
+from rexrag.engine.loading import EMBEDDED, resolve, settled
 from rexrag.errors import ConfigError
 from rexrag.verl import cost
 from rexrag.verl.checks import check_installed, check_settings
@@ -20,6 +20,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     """
     if config.engine != "verl":
         raise ConfigError(f"--dry-run: engine = '{config.engine}'; it is there for engine = 'verl'")
+    config = settled(config)
     check_settings(config)
     path = resolve(config.policy.path) if config.policy.path in EMBEDDED else config.policy.path
     shape = cost.shape_of(path)

@@ -14,7 +14,7 @@ from typing import Any
 from rexrag.agent.codec import load_codec
 from rexrag.config.schema import Config
 from rexrag.data.questions import questions_digest
-from rexrag.engine.loading import identity, resolve
+from rexrag.engine.loading import identity, resolve, settled
 from rexrag.errors import CheckpointError, ConfigError, DataError
 from rexrag.io import atomic_folder, write_json, write_jsonl
 from rexrag.retrieval import check_service, make_retriever
@@ -42,6 +42,7 @@ def launch(config: Config, folder: Path, resume: bool = False, restart: bool = F
     restart: what a run left there that had saved nothing makes way.
     """
     check_installed()
+    config = settled(config)
     check_settings(config)
     folder = folder.absolute()
     data = load_data(config.data)
