@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 PIP_ARGS ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -21,8 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## train on the embedded world, evaluate, write a page
 	$(BIN)/rexrag train
 
-test: $(STAMP)  ## the fast tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the fast tests, in two processes (JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP)  ## the slow tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
@@ -51,7 +52,7 @@ check: $(STAMP)  ## linter, formatter, type checker, tests
 	$(BIN)/ruff check src tests benchmarks examples docs
 	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix src tests benchmarks examples docs
