@@ -58,7 +58,7 @@ HOW: dict[str, Run | str] = {
     ),
     "rexrag eval --policy runs/quickstart --strategy agent,reflect": Run(FEW),
     "rexrag doctor": Run(),
-    "python -m rexrag.theory.bias": MINUTES,
+    "python -m rexrag.theory.bias": Run("--horizon 6 --rollouts 2 --json"),
     "rexrag train --resume --out runs/quickstart": Run(),
     "rexrag compare --arms grpo,rex-rag-distill,rex-rag --seeds 10 --first-seed 21 --evals 4 --budget generated --amount 60000 --set policy.path=tiny-hard --out runs/hard": LONG,
     "python benchmarks/arms.py experiments/results/hard.jsonl": Run(),
@@ -82,8 +82,10 @@ HOW: dict[str, Run | str] = {
     "rexrag train own-data --set policy.path=tiny-hard --set agent.template=terse --set agent.total_tokens=512 --set data.train=train.jsonl --set data.dev=dev.jsonl --set data.corpus=corpus.jsonl --set train.steps=2 --out runs/try": Run(
         SMALL
     ),
-    "rexrag warmup mine.toml --demonstrations demos.jsonl --out models/warm": MODEL,
-    "rexrag warmup mine.toml --from-rollouts --out models/warm": MODEL,
+    "rexrag warmup mine.toml --demonstrations demos.jsonl --out models/warm": Run(OWN),
+    "rexrag warmup mine.toml --from-rollouts --out models/warm": Run(
+        "--questions 12 --rollouts 4" + OWN, swaps=(("models/warm", "models/own"),)
+    ),
     "rexrag train mine.toml --set policy.path=models/warm --out runs/mine-warm": MODEL,
     "rexrag train mine.toml --set agent.cues=doubts.txt --out runs/mine-cues": Run(OWN),
     "rexrag train --resume --out runs/mine": Run(swaps=(("runs/mine", "runs/quickstart"),)),

@@ -111,6 +111,10 @@ def workspace(tmp_path_factory) -> Path:
     for split, name, count in (("train", "train", 40), ("held-out", "dev", 12)):
         rows = [{"question": q.text, "answers": list(q.answers)} for q in world.questions(split, count)]
         write_jsonl(folder / f"{name}.jsonl", rows)
+    steps = "<think> i look </think><search> {0} </search><information> {0} </information>"
+    steps += "<think> so </think><answer> {0} </answer>"
+    demos = [{"question": f"Who is {name}?", "trace": steps.format(name)} for name in ("theo greco", "clara")]
+    write_jsonl(folder / "demos.jsonl", demos)
     (folder / "doubts.txt").write_text("<think> i am not sure yet\n<think> let me look again\n")
     trace = "<think> who? </think> <answer> theo greco </answer>"
     write_jsonl(folder / "traces.jsonl", [{"question": "Who?", "answers": ["Theo Greco"], "response": trace}])
