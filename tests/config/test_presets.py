@@ -110,3 +110,27 @@ def test_a_file_without_an_algorithm_says_the_default_once(tmp_path, capsys):
         assert capsys.readouterr().err == ""
     presets.resolve("quickstart")
     assert capsys.readouterr().err == ""
+
+
+def test_a_file_with_an_arm_alone_runs_that_arm(tmp_path):
+    for arm, name in (("grpo", "grpo"), ("rex-rag-rescue", "rex-rag-distill"), ("resample", "rex-rag")):
+        file = tmp_path / "mine.toml"
+        file.write_text(f'arm = "{arm}"\n[train]\nsteps = 3\n')
+        config = presets.resolve(file)
+        assert config.algorithm.name == name and config.train.steps == 3
+
+
+def test_two_method_tables_of_0_1_0_are_one_table(tmp_path):
+    (tmp_path / "base.toml").write_text("[method]\nprobe_probability = 0.4\nkeep_ratio = 0.3\n")
+    (tmp_path / "arm.toml").write_text('[method]\nfilter = "none"\n')
+    algorithm = presets.resolve(tmp_path / "base.toml", str(tmp_path / "arm.toml")).algorithm
+    assert (algorithm.probe_probability, algorithm.keep_ratio, algorithm.filter) == (0.4, 0.3, "none")
+
+
+def test_an_algorithm_s_own_defaults_do_not_leak_into_another(tmp_path):
+    for name in ("dapo", "dr-grpo"):
+        file = tmp_path / f"{name}.toml"
+        file.write_text(dump_toml(presets.resolve("quickstart", name, ["algorithm.kl=0.01"])))
+        algorithm = presets.resolve(file, "grpo").algorithm
+        assert (algorithm.clip_high, algorithm.dynamic_sampling) == (0.2, 0)
+        assert (algorithm.advantage_scale, algorithm.aggregation, algorithm.kl) == ("std", "token-mean", 0.01)

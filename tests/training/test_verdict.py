@@ -128,3 +128,12 @@ def test_a_step_says_at_once_that_it_dropped_updates():
     assert (
         dropped_line(step(3, updates=6.0, dropped=2.0)) == "step 3: 2 of 8 updates were dropped as not finite"
     )
+
+
+@pytest.mark.parametrize("before", [[0.0], [0.0, 0.0], [0.0] * 5])
+def test_a_handful_of_questions_is_never_learned_or_worse(before):
+    after = [1.0] * len(before)
+    steps = [{"updates": 4, "groups/no_signal": 0.2}]
+    for first, last in ((before, after), (after, before)):
+        rows = [{"em_by_question": values, "unanswered": 0.0} for values in (first, last)]
+        assert judge(rows, steps).kind == "too-few-questions"
