@@ -5,7 +5,6 @@
 
 PYTHON ?= python3
 PIP_ARGS ?=
-JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,8 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## train on the embedded world, evaluate, write a page
 	$(BIN)/rexrag train
 
-test: $(STAMP)  ## the fast tests, in two processes (JOBS)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+test: $(STAMP)  ## the fast tests
+	$(BIN)/python -m pytest
 
 test-slow: $(STAMP)  ## the slow tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
@@ -52,7 +51,7 @@ check: $(STAMP)  ## linter, formatter, type checker, tests
 	$(BIN)/ruff check src tests benchmarks examples docs
 	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix src tests benchmarks examples docs
